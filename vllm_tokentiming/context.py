@@ -1,0 +1,113 @@
+"""Per request: the committed target tokens, as the draft reads them.
+
+**Contract.** ``draft_ids`` spells the bytes of every committed target token, in the draft's own canonical
+tokenization (after its begin-of-text token). Special tokens cross by role; nothing is replaced by ``unk``.
+
+**Incremental.** Only the open end is encoded again when target tokens arrive: the bytes since the last point where
+the draft's tokenizer cuts whatever follows. So a step costs the same however long the context is.
+
+**What stays.** ``commit`` tells how many leading draft tokens are what the draft has already read: the context it
+had, then what it drafted itself. Drafted tokens can only stay if their alignment block lies wholly in the accepted
+target tokens. Where both vocabularies are exact, they stay if the canonical tokenization has them, too; a lossy draft
+keeps them as it wrote them, since encoding its own text again could change it.
+
+Imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm_tokentiming.pair import VocabularyPair
+from vllm_tokentiming.retokenize import Proxy, align, aligned_draft_tokens
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """What the draft wrote after a context, and its proxy target sequence."""
+
+    draft_ids: list[int]
+    proxy: Proxy
+
+
+class DraftContext:
+    """The draft's view of one request.
+
+    Attributes:
+        draft_ids: The committed context, as draft ids.
+        num_target: How many target tokens it stands for.
+    """
+
+    __slots__ = ("_pair", "_settled", "_tail", "draft_ids", "num_target")
+
+    def __init__(self, pair: VocabularyPair) -> None:
+        """Begin with an empty context, which is the draft's begin-of-text token if it has one."""
+        self._pair = pair
+        self.draft_ids = pair.draft_prefix
+        self.num_target = 0
+        self._settled = len(self.draft_ids)  # Draft ids before this one can no longer change.
+        self._tail = b""  # The bytes that the draft ids from there on spell.
+
+    def commit(self, target_ids: Sequence[int], drafted: Drafted | None = None) -> int:
+        """Append target tokens.
+
+        Args:
+            target_ids: The newly committed target tokens.
+            drafted: What the draft had written after the old context, if anything.
+
+        Returns:
+            How many leading ids of the new ``draft_ids`` equal those of the old ``draft_ids`` followed by the
+            drafted ones: the draft's KV entries for them stay valid.
+
+        Raises:
+            IndexError: An id is outside the target's vocabulary.
+        """
+        unsettled = self._settled
+        old = self.draft_ids[unsettled:]
+        self.num_target += len(target_ids)
+        if drafted is not None:
+            accepted = _common_prefix(target_ids, drafted.proxy.target_ids)
+            blocks = align(self._pair, drafted.draft_ids, drafted.proxy)
+            num_draft, num_target = aligned_draft_tokens(blocks, accepted)
+            old += drafted.draft_ids[:num_draft]
+            if not self._pair.draft.encoder.exact and num_draft:
+                self.draft_ids += drafted.draft_ids[:num_draft]
+                self._settled, self._tail = len(self.draft_ids), b""
+                target_ids = target_ids[num_target:]
+        self._append(target_ids)
+        return unsettled + _common_prefix(old, self.draft_ids[unsettled : unsettled + len(old)])
+
+    def _append(self, target_ids: Sequence[int]) -> None:
+        target_bytes, special = self._pair.target.token_bytes, self._pair.special
+        data = bytearray(self._tail)
+        for target_id in target_ids:
+            if target_id in target_bytes.special:
+                counterpart = special.to_draft.get(target_id)
+                if counterpart is not None:
+                    self._close(bytes(data))
+                    data.clear()
+                    # The target's begin-of-text token is already there.
+                    if [counterpart] != self._pair.draft_prefix or self.draft_ids != [counterpart]:
+                        self.draft_ids.append(counterpart)
+                        self._settled += 1
+                elif special.unmapped == "text" and target_id not in special.dropped:
+                    data += target_bytes.special[target_id].encode()
+            else:
+                data += target_bytes[target_id]
+        encoded = self._pair.draft.encoder.encode_tail(bytes(data))
+        self.draft_ids[self._settled :] = encoded.ids
+        self._settled += encoded.settled_ids
+        self._tail = bytes(data[encoded.settled_bytes :])
+
+    def _close(self, data: bytes) -> None:
+        """Settle everything: no text that follows a special token can change what stands before it."""
+        self.draft_ids[self._settled :] = self._pair.draft.encoder.encode(data)
+        self._settled = len(self.draft_ids)
+
+
+def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    for index, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return index
+    return min(len(left), len(right))

@@ -1,0 +1,336 @@
+"""Bytes to token ids, in the middle of a text.
+
+**Why not ``tokenizer.encode``.** It encodes *texts from their beginning*: it adds a BOS, a dummy ``▁``, strips,
+normalises, turns a literal ``<s>`` into a special token, and cannot take bytes that end inside a character. Here the
+tokenizer's own pre-tokenizer and model are kept (so that pieces are cut and merged as the tokenizer would), and
+everything that changes the bytes is taken out.
+
+**Exact or lossy.** If the result spells the input bytes again for a set of probes, the encoder is *exact* and
+normalisers are left out: exact bytes are worth more than a normal form. Otherwise the vocabulary cannot spell every
+text (T5, BERT), the encoder is *lossy*, and it keeps the normaliser, since its own form is then the best it can do.
+It never emits ``unk``; what it cannot write, it leaves out.
+
+**Settled tokens.** ``encode_tail`` also says how many of the ids further text can no longer change: those more than
+``_MARGIN`` pieces before the end. A piece ends where the pre-tokenizer cuts, or between two characters that no token
+of the vocabulary holds side by side, so the tokenizer cuts there whatever surrounds them. A tail that has no such
+cut for ``_MAX_TAIL`` bytes (base64, a row of one letter) is cut all the same: the cost of a step must not depend on
+the text, and the bytes stay exact.
+
+Imports neither torch nor vLLM. Not thread-safe: the piece cache is shared.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from vllm_tokentiming.token_bytes import METASPACE, TokenBytes, VocabularyKind, byte_alphabet, component
+
+# What a regex of a pre-tokenizer may look ahead: the next piece, and the one that it would give a space to; one more
+# for a character whose bytes are not complete yet.
+_MARGIN = 3
+_MAX_TAIL = 1024
+_MAX_CACHED_PIECES = 1 << 18
+_WORDS = re.compile(r"\s*\S+|\s+")
+
+_PROBES = tuple(
+    text.encode()
+    for text in (
+        "Hello, World!  Two  spaces,\ttab\n\n  and an indent\r\n",
+        " leading and trailing ",
+        "naïve cafe\u0301 ﬁ ² Ⅳ Ａ İ ß",
+        "日本語 한국어 हिन्दी العربية ไทย עברית",
+        "🙂👩‍👩‍👧‍👦🇫🇷 \u200b\u00a0\ufeff\x00\x7f",
+        "▁literal ▁▁ marks, <s> and <|endoftext|>",
+    )
+)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An encoded tail.
+
+    Attributes:
+        ids: Token ids that spell the given bytes.
+        settled_ids: How many of them further text cannot change.
+        settled_bytes: How many bytes those stand for.
+    """
+
+    ids: list[int]
+    settled_ids: int
+    settled_bytes: int
+
+
+def make_encoder(tokenizer: Any, token_bytes: TokenBytes) -> Encoder:
+    """The exact encoder of a vocabulary if it has one, else the lossy one; found out by trying.
+
+    Args:
+        tokenizer: A ``tokenizers.Tokenizer``; it is not changed.
+        token_bytes: The bytes of its ids.
+
+    Returns:
+        The encoder; its ``exact`` tells which.
+    """
+    encoder = Encoder(tokenizer, token_bytes)
+    if all(token_bytes.decode(encoder.encode(probe)) == probe for probe in _PROBES):
+        return encoder
+    return LossyEncoder(tokenizer, token_bytes)
+
+
+class Encoder:
+    """Encodes bytes into one vocabulary, byte for byte.
+
+    Attributes:
+        token_bytes: The vocabulary.
+        exact: Whether what is encoded spells the input again, byte for byte.
+    """
+
+    exact = True
+
+    def __init__(self, tokenizer: Any, token_bytes: TokenBytes) -> None:
+        """Take a tokenizer apart.
+
+        Args:
+            tokenizer: A ``tokenizers.Tokenizer``; it is not changed.
+            token_bytes: The bytes of its ids.
+        """
+        self.token_bytes = token_bytes
+        self._model = tokenizer.model
+        self._byte_ids = token_bytes.byte_ids()
+        self._cache: dict[str | bytes, list[int]] = {}
+        self._added = _added_text(tokenizer, token_bytes)
+        self._pre_tokenizer = _middle_of_text(tokenizer.pre_tokenizer)
+        self._side_by_side: set[str] | None = None
+        if token_bytes.kind is VocabularyKind.METASPACE:
+            self._side_by_side = _side_by_side(tokenizer)
+
+    def encode(self, data: bytes) -> list[int]:
+        """Encode bytes that stand in the middle of a text.
+
+        Args:
+            data: Any bytes; they need not be valid UTF-8, nor begin or end at a character.
+
+        Returns:
+            Token ids, never special ones. If ``exact``, they spell ``data``, but for bytes that the vocabulary does
+            not have at all (some lack those that no UTF-8 text contains).
+        """
+        return self.encode_tail(data).ids
+
+    def encode_tail(self, data: bytes) -> Encoded:
+        """Encode the open end of a text, and tell what is settled in it.
+
+        Args:
+            data: The bytes from a settled point on.
+
+        Returns:
+            The ids, and the last point from which encoding may go on once more bytes are there.
+        """
+        pieces = list(self._pieces(data))
+        ids: list[int] = []
+        settled_ids = settled_bytes = 0
+        num_bytes = 0
+        last_settled = len(pieces) - _MARGIN
+        last_byte = len(data) - self._added.reach
+        for index, (piece, length) in enumerate(pieces):
+            if index <= last_settled and num_bytes <= last_byte:
+                settled_ids, settled_bytes = len(ids), num_bytes
+            ids += self._ids_of(piece)
+            num_bytes += length
+        if len(data) - settled_bytes > _MAX_TAIL:
+            settled_ids, settled_bytes = self._cut_by_force(ids, len(data))
+        return Encoded(ids, settled_ids, settled_bytes)
+
+    def _cut_by_force(self, ids: list[int], num_bytes: int) -> tuple[int, int]:
+        keep = len(ids)
+        while keep and num_bytes - 16 < (num_bytes := num_bytes - len(self.token_bytes[ids[keep - 1]])):
+            keep -= 1
+        return keep, num_bytes
+
+    def _ids_of(self, piece: str | bytes) -> list[int]:
+        ids = self._cache.get(piece)
+        if ids is None:
+            if len(self._cache) >= _MAX_CACHED_PIECES:
+                self._cache.clear()
+            ids = self._cache[piece] = self._encode_piece(piece)
+        return ids
+
+    def _encode_piece(self, piece: str | bytes) -> list[int]:
+        if isinstance(piece, bytes):
+            if self._added.ids and (added := self._added.ids.get(piece)) is not None:
+                return [added]
+            return [i for byte in piece if (i := self._byte_ids[byte]) >= 0]
+        ids = [token.id for token in self._model.tokenize(piece)]
+        if not self.token_bytes.special.keys().isdisjoint(ids):  # `unk`
+            ids = [i for i in ids if i not in self.token_bytes.special]
+        return ids
+
+    def _pieces(self, data: bytes) -> Iterator[tuple[str | bytes, int]]:
+        """Cut ``data`` into cache keys and their lengths in bytes: text for the model, or bytes as they are."""
+        for text, raw in _valid_runs(data):
+            if raw:
+                yield from self._raw_pieces(raw)
+            elif self._added.pattern is None:
+                yield from self._text_pieces(text)
+            else:
+                for index, part in enumerate(self._added.pattern.split(text)):
+                    if index % 2:
+                        yield part.encode(), len(part.encode())
+                    elif part:
+                        yield from self._text_pieces(part)
+
+    def _raw_pieces(self, raw: bytes) -> Iterator[tuple[str | bytes, int]]:
+        if self.token_bytes.kind is VocabularyKind.BYTE_LEVEL and min(self._byte_ids[b] for b in raw) >= 0:
+            yield _in_alphabet(raw), len(raw)  # The model may merge them as it would inside a character.
+        else:
+            yield raw, len(raw)
+
+    def _text_pieces(self, text: str) -> Iterator[tuple[str | bytes, int]]:
+        if self.token_bytes.kind is VocabularyKind.BYTE_LEVEL:
+            for piece, _ in self._pre_tokenizer.pre_tokenize_str(text):
+                yield piece, len(piece)
+        elif self.token_bytes.kind is VocabularyKind.METASPACE:
+            # A literal mark would be read as a space, so it is spelled in bytes.
+            for index, part in enumerate(text.split(METASPACE)):
+                if index:
+                    yield METASPACE.encode(), len(METASPACE.encode())
+                if part:
+                    yield from self._metaspace_pieces(part.replace(" ", METASPACE))
+        else:
+            for piece in self._cut(text):
+                yield piece, len(piece.encode())
+
+    def _metaspace_pieces(self, text: str) -> Iterator[tuple[str | bytes, int]]:
+        for piece in self._cut(text):
+            yield piece, len(piece.encode()) - 2 * piece.count(METASPACE)
+
+    def _cut(self, text: str) -> Iterator[str]:
+        pieces = [text] if self._pre_tokenizer is None else [p for p, _ in self._pre_tokenizer.pre_tokenize_str(text)]
+        if self._side_by_side is None:
+            yield from pieces
+            return
+        for piece in pieces:
+            start = 0
+            for end in range(1, len(piece)):
+                if piece[end - 1 : end + 1] not in self._side_by_side:
+                    yield piece[start:end]
+                    start = end
+            yield piece[start:]
+
+
+class LossyEncoder(Encoder):
+    """Encodes what it can, word by word, in the vocabulary's own normal form; leaves out what it cannot write."""
+
+    exact = False
+
+    def __init__(self, tokenizer: Any, token_bytes: TokenBytes) -> None:
+        """Take a tokenizer apart; see ``make_encoder``."""
+        super().__init__(tokenizer, token_bytes)
+        self._normalizer = _without_prefix(tokenizer.normalizer)
+
+    def _cut_by_force(self, ids: list[int], num_bytes: int) -> tuple[int, int]:
+        return len(ids), num_bytes  # The ids do not tell which bytes they stand for.
+
+    def _pieces(self, data: bytes) -> Iterator[tuple[str | bytes, int]]:
+        for text, raw in _valid_runs(data):
+            if raw:
+                yield raw, len(raw)
+            for match in _WORDS.finditer(text):  # A word with the white space before it.
+                yield match[0], len(match[0].encode())
+
+    def _encode_piece(self, piece: str | bytes) -> list[int]:
+        if isinstance(piece, bytes):
+            return super()._encode_piece(piece)
+        word = piece.strip()
+        if self._normalizer is not None:
+            word = self._normalizer.normalize_str(word)
+        if not word:
+            return []
+        if self.token_bytes.kind is VocabularyKind.METASPACE:
+            word = word.replace(" ", METASPACE).removeprefix(METASPACE)
+            parts = [METASPACE + word if piece[0].isspace() else word]
+        elif self._pre_tokenizer is None:
+            parts = [word]
+        else:
+            parts = [part for part, _ in self._pre_tokenizer.pre_tokenize_str(word)]
+        return [i for part in parts for i in super(LossyEncoder, self)._encode_piece(part)]
+
+
+@dataclass(frozen=True)
+class _AddedText:
+    """Added tokens that are ordinary text (runs of spaces, ``<tool_call>``): found before the text is cut."""
+
+    pattern: re.Pattern[str] | None
+    ids: dict[bytes, int]
+    reach: int  # bytes before the end of a text in which one may still grow
+
+
+def _added_text(tokenizer: Any, token_bytes: TokenBytes) -> _AddedText:
+    contents = {
+        token.content: token_id
+        for token_id, token in tokenizer.get_added_tokens_decoder().items()
+        if token_id not in token_bytes.special and not (token.lstrip or token.rstrip or token.single_word)
+    }
+    if not contents:
+        return _AddedText(None, {}, 0)
+    longest_first = sorted(contents, key=len, reverse=True)
+    pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+    ids = {content.encode(): token_id for content, token_id in contents.items()}
+    return _AddedText(pattern, ids, max(map(len, ids)))
+
+
+def _middle_of_text(pre_tokenizer: Any) -> Any:
+    """The same pre-tokenizer without the space that it puts before a text."""
+    described = component(pre_tokenizer)
+    if described is None:
+        return None
+    for part in described.get("pretokenizers", [described]):
+        if "add_prefix_space" in part:
+            part["add_prefix_space"] = False
+        if part["type"] == "Metaspace":
+            part["prepend_scheme"] = "never"
+    return _rebuilt(pre_tokenizer=described).pre_tokenizer
+
+
+def _without_prefix(normalizer: Any) -> Any:
+    """The same normaliser without the mark that it puts before a text."""
+    described = component(normalizer)
+    if described is None:
+        return None
+    parts = [p for p in described.get("normalizers", [described]) if p["type"] != "Prepend"]
+    return _rebuilt(normalizer={"type": "Sequence", "normalizers": parts}).normalizer
+
+
+def _rebuilt(**parts: Any) -> Any:
+    return Tokenizer.from_str(json.dumps({"model": {"type": "BPE", "vocab": {}, "merges": []}, **parts}))
+
+
+def _side_by_side(tokenizer: Any) -> set[str]:
+    """Every pair of neighbouring characters that some token holds."""
+    pairs: set[str] = set()
+    for token in tokenizer.get_vocab(with_added_tokens=False):
+        pairs.update(token[i : i + 2] for i in range(len(token) - 1))
+    return pairs
+
+
+def _valid_runs(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """Cut bytes into ``(text, b"")`` and ``("", bytes that are not UTF-8)``."""
+    start = 0
+    while start < len(data):
+        try:
+            yield data[start:].decode(), b""
+            return
+        except UnicodeDecodeError as error:
+            if error.start:
+                yield data[start : start + error.start].decode(), b""
+            start, bad_start = start + error.end, start + error.start
+            yield "", data[bad_start:start]
+
+
+def _in_alphabet(raw: bytes) -> str:
+    alphabet = byte_alphabet()
+    return "".join([alphabet[byte] for byte in raw])

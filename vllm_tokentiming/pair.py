@@ -1,0 +1,98 @@
+"""A target and a draft vocabulary, and everything about them that does not change while the engine runs.
+
+Imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_tokentiming.encoder import Encoder, make_encoder
+from vllm_tokentiming.special_tokens import Role, SpecialMap, SpecialTokens
+from vllm_tokentiming.token_bytes import TokenBytes
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """One side of a pair.
+
+    Attributes:
+        token_bytes: Bytes of every id.
+        encoder: Bytes to ids.
+        special: Special tokens by role.
+    """
+
+    token_bytes: TokenBytes
+    encoder: Encoder
+    special: SpecialTokens
+
+    @classmethod
+    def of(cls, tokenizer: Any, head_size: int = 0, bos_id: int | None = None, eos_id: int | None = None) -> Vocabulary:
+        """Read a ``tokenizers.Tokenizer``.
+
+        Args:
+            tokenizer: The Rust tokenizer.
+            head_size: Rows of the model's head; 0 if unknown.
+            bos_id: The begin-of-text id that the tokenizer's configuration names.
+            eos_id: The end-of-text id that it names.
+        """
+        token_bytes = TokenBytes.from_tokenizer(tokenizer, head_size)
+        return cls(token_bytes, make_encoder(tokenizer, token_bytes), SpecialTokens.of(token_bytes, bos_id, eos_id))
+
+
+@dataclass(frozen=True)
+class VocabularyPair:
+    """Two vocabularies and the ways between them.
+
+    Attributes:
+        target: The target's vocabulary.
+        draft: The draft's vocabulary.
+        special: How special tokens cross.
+        window: Sakoe-Chiba half-width of the warping, in tokens.
+        exact: Whether both sides can spell every text, so that byte offsets align them.
+        draftable: ``[draft size] bool``; what the draft may write: ids that have bytes, and special tokens that
+            mean something to the target. Never padding rows, gaps, or ``unk``.
+    """
+
+    target: Vocabulary
+    draft: Vocabulary
+    special: SpecialMap
+    window: int = 8
+    exact: bool = field(init=False)
+    draftable: npt.NDArray[np.bool_] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Derive what follows from the two sides."""
+        object.__setattr__(self, "exact", self.target.encoder.exact and self.draft.encoder.exact)
+        draftable = self.draft.token_bytes.lengths > 0
+        draftable[list(self.special.to_target)] = True
+        object.__setattr__(self, "draftable", draftable)
+
+    @classmethod
+    def of(
+        cls,
+        target: Vocabulary,
+        draft: Vocabulary,
+        *,
+        overrides: Mapping[str, str | None] | None = None,
+        unmapped: Literal["text", "drop"] = "text",
+        window: int = 8,
+    ) -> VocabularyPair:
+        """Pair two vocabularies; see ``SpecialMap.between`` for the arguments.
+
+        Raises:
+            ValueError: An override names a token that is not special.
+        """
+        special = SpecialMap.between(target.special, draft.special, overrides or {}, unmapped)
+        return cls(target, draft, special, window)
+
+    @property
+    def draft_prefix(self) -> list[int]:
+        """What every context of the draft begins with: its begin-of-text token, if it has one."""
+        begin = self.draft.special.by_role.get(Role.BEGIN)
+        return [] if begin is None else [begin]
