@@ -1,0 +1,126 @@
+"""The settings of TokenTiming: read, checked, and refused with one sentence that says what to change.
+
+They arrive either beside vLLM's own keys in ``--speculative-config`` (method ``tokentiming``), or, with vLLM's
+``custom_class`` method, in ``--additional-config '{"tokentiming": {...}}'``. Either way they travel to the workers in
+``VllmConfig.additional_config["tokentiming"]``, as plain JSON.
+
+Imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+METHOD = "tokentiming"
+PROPOSER = "vllm_tokentiming.TokenTimingProposer"
+
+# Keys of vLLM's own speculative configuration that mean the same here.
+_VLLM_KEYS = frozenset({"num_speculative_tokens", "rejection_sample_method"})
+
+
+class SettingsError(ValueError):
+    """A setting that cannot work; the message says which, why, and what to change."""
+
+
+class TokenTimingConfig(BaseModel):
+    """Settings of one engine.
+
+    Attributes:
+        model: The draft model: a local folder or a Hugging Face name.
+        revision: Its revision.
+        tokenizer: Its tokenizer, if not in the same place.
+        tokenizer_revision: The tokenizer's revision.
+        dtype: Data type of its weights; ``auto`` takes the target's.
+        quantization: Quantization method; none or what the checkpoint says by default.
+        max_model_len: Longest context in draft tokens; by default what the model allows. A request that outgrows it
+            goes on without proposals.
+        kv_memory_gib: Memory for the draft's KV cache, in GiB; by default enough for ``max_num_seqs`` requests of
+            the target's full length, but at most a quarter of what vLLM may use for the target's.
+        enforce_eager: Whether to run the draft without compilation; by default as the target.
+        max_draft_tokens: Most draft tokens written per step; by default twice ``num_speculative_tokens``.
+        dtw_window: Sakoe-Chiba half-width of the warping, in tokens.
+        strategy: How proposals are made; ``tokentiming`` is the only one yet.
+        special_tokens: Draft special token for a target special token, both by text; ``null`` drops it.
+        unmapped_special_tokens: What the draft reads for other special tokens of the target: their ``text``, or
+            nothing (``drop``).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+    model: str = Field(min_length=1)
+    revision: str | None = None
+    tokenizer: str | None = None
+    tokenizer_revision: str | None = None
+    dtype: str = "auto"
+    quantization: str | None = None
+    max_model_len: int | None = Field(None, ge=1)
+    kv_memory_gib: float | None = Field(None, gt=0)
+    enforce_eager: bool | None = None
+    max_draft_tokens: int | None = Field(None, ge=1)
+    dtw_window: int = Field(8, ge=1)
+    strategy: Literal["tokentiming"] = "tokentiming"
+    special_tokens: dict[str, str | None] = {}
+    unmapped_special_tokens: Literal["text", "drop"] = "text"
+
+    @classmethod
+    def parse(cls, settings: Mapping[str, Any]) -> TokenTimingConfig:
+        """Check plain JSON settings.
+
+        Args:
+            settings: Our keys only.
+
+        Returns:
+            The settings.
+
+        Raises:
+            SettingsError: A key is unknown or missing, or a value cannot work.
+        """
+        try:
+            return cls.model_validate(dict(settings))
+        except ValidationError as error:
+            first = error.errors()[0]
+        key = str(first["loc"][0])
+        if first["type"] == "extra_forbidden":
+            raise SettingsError(f"tokentiming does not know the setting {key!r}{_suggestion(key, list(cls.model_fields))}.")
+        if first["type"] == "missing":
+            raise SettingsError('tokentiming needs a draft model: set "model" to a local folder or a Hugging Face name.')
+        raise SettingsError(f"tokentiming: {key} is {settings[key]!r}; {_lower_first(first['msg'])}.")
+
+
+def _lower_first(sentence: str) -> str:
+    return sentence[:1].lower() + sentence[1:]
+
+
+def _suggestion(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; it knows {', '.join(known)}"
+
+
+def split_speculative_config(speculative: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split a user's ``{"method": "tokentiming", ...}`` in vLLM's part and ours.
+
+    Args:
+        speculative: The whole dictionary.
+
+    Returns:
+        What vLLM is to be given (method ``custom_class``), and our settings.
+
+    Raises:
+        SettingsError: ``num_speculative_tokens`` is missing.
+    """
+    vllm_part: dict[str, Any] = {"method": "custom_class", "model": PROPOSER}
+    ours: dict[str, Any] = {}
+    for key, value in speculative.items():
+        if key in _VLLM_KEYS:
+            vllm_part[key] = value
+        elif key != "method":
+            ours[key] = value
+    if not isinstance(vllm_part.get("num_speculative_tokens"), int) or vllm_part["num_speculative_tokens"] < 1:
+        raise SettingsError(
+            'tokentiming needs "num_speculative_tokens" in the speculative configuration; 4 to 8 is a good choice.'
+        )
+    return vllm_part, ours

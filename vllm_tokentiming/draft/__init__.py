@@ -1,0 +1,1 @@
+"""The draft model on vLLM's own model code, attention backends and paged KV cache."""

@@ -1,0 +1,30 @@
+"""What differs between devices for the draft, in one place: how much memory there is."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+from vllm.config import VllmConfig
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated on a device."""
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available)
+    return int(torch.accelerator.get_memory_info(device)[0])
+
+
+def kv_budget_bytes(device: torch.device, vllm_config: VllmConfig) -> int:
+    """Most memory that the draft's KV cache takes unless the user sets ``kv_memory_gib``.
+
+    A quarter of the target's KV cache where its size is set, else a tenth of the memory that vLLM may use. On an
+    accelerator it is allocated before vLLM measures what is left for the target, so it is never promised twice.
+    """
+    cache = vllm_config.cache_config
+    if cache.kv_cache_memory_bytes is not None:
+        return int(cache.kv_cache_memory_bytes) // 4
+    if device.type == "cpu":
+        total = psutil.virtual_memory().total
+    else:
+        total = torch.accelerator.get_memory_info(device)[1]
+    return int(total * cache.gpu_memory_utilization) // 10

@@ -1,0 +1,215 @@
+"""The draft model: weights, private KV cache, and one batched forward pass.
+
+vLLM does all of the work: its model classes, its weight loading, its attention backends, its KV cache layout. What is
+here is only what its model runner would do around them for a second model whose sequences are its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vllm.compilation.backends import set_model_tag
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader import get_model
+from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
+from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.utils import CpuGpuBuffer
+from vllm.v1.worker.gpu.attn_utils import (
+    build_attn_metadata,
+    build_slot_mappings_by_layer,
+    get_kv_cache_spec,
+    init_attn_backend,
+    init_kv_cache,
+)
+
+from vllm_tokentiming.config import SettingsError, TokenTimingConfig
+from vllm_tokentiming.draft.device import available_bytes, kv_budget_bytes
+from vllm_tokentiming.draft.kv_pool import KVPool
+from vllm_tokentiming.draft.vllm_config import draft_vllm_config
+
+logger = init_logger(f"vllm.{__name__}")
+
+_GIB = 1 << 30
+
+
+@dataclass
+class Span:
+    """Tokens of one sequence to run in a pass.
+
+    Attributes:
+        row: The sequence's row in the KV pool.
+        start: Position of the first; everything before is in the cache already.
+        draft_ids: The tokens.
+    """
+
+    row: int
+    start: int
+    draft_ids: Sequence[int]
+
+
+class DraftModel:
+    """The draft model of one worker.
+
+    Attributes:
+        model_config: vLLM's description of it.
+        max_model_len: Longest sequence in draft tokens.
+        max_batch_tokens: Most tokens in one pass.
+        vocab_size: Columns of the logits.
+        pool: Blocks of its KV cache.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, settings: TokenTimingConfig) -> None:
+        """Load the weights and allocate the KV cache.
+
+        Args:
+            vllm_config: The worker's configuration.
+            settings: Our settings.
+
+        Raises:
+            SettingsError: The draft does not fit.
+        """
+        self._config = draft_vllm_config(vllm_config, settings)
+        self._device = torch.device(vllm_config.device_config.device)
+        self.model_config = self._config.model_config
+        self.max_model_len = self.model_config.max_model_len
+        self.vocab_size = self.model_config.get_vocab_size()
+        self.max_batch_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+        with set_current_vllm_config(self._config), set_model_tag("tokentiming_draft"):
+            try:
+                self._model = get_model(vllm_config=self._config, prefix="tokentiming_draft")
+            except torch.cuda.OutOfMemoryError as error:
+                raise SettingsError(
+                    f"tokentiming: the weights of the draft model {settings.model!r} do not fit into memory beside the "
+                    "target's; choose a smaller draft model or quantize it."
+                ) from error
+            self.pool = self._allocate(settings, max_num_seqs, vllm_config)
+        num_rows = len(self.pool.tables)
+        self._input_ids = self._buffer(self.max_batch_tokens, torch.int32)
+        self._positions = self._buffer(self.max_batch_tokens, torch.int64)
+        self._slots = self._buffer(self.max_batch_tokens, torch.int64)
+        self._query_start = self._buffer(num_rows + 1, torch.int32)
+        self._seq_lens = self._buffer(num_rows, torch.int32)
+        self._block_table = self._buffer(self.pool.tables.size, torch.int32)
+        # The host buffers are written again in the next pass; on an accelerator they must have been read by then.
+        self._uploaded = None if self._device.type == "cpu" else torch.Event(self._device.type)
+
+    def _buffer(self, size: int, dtype: torch.dtype) -> CpuGpuBuffer:
+        buffer = CpuGpuBuffer(size, dtype=dtype, device=self._device)
+        if self._device.type == "cpu":
+            buffer.gpu = buffer.cpu
+        return buffer
+
+    def _allocate(self, settings: TokenTimingConfig, max_num_seqs: int, vllm_config: VllmConfig) -> KVPool:
+        specs = get_kv_cache_spec(self._config)
+        groups = get_kv_cache_groups(self._config, specs)
+        if len(groups) != 1:
+            raise SettingsError(
+                f"tokentiming cannot draft with {settings.model!r}: its layers need {len(groups)} kinds of KV cache; "
+                "choose a draft model with ordinary attention."
+            )
+        context = self._config.compilation_config.static_forward_context
+        layouts = get_supported_kv_cache_layouts([context[name].get_attn_backend() for name in specs])
+        resolve_kv_cache_layout(self._config, [[layout.name for layout in layouts]], specs.values())
+
+        block_size = groups[0].kv_cache_spec.block_size
+        block_bytes = sum(spec.page_size_bytes for spec in specs.values())
+        row_blocks = -(-self.max_model_len // block_size)
+        least = (row_blocks + 1) * block_bytes
+        if settings.kv_memory_gib is None:
+            wanted = (max_num_seqs * row_blocks + 1) * block_bytes
+            wanted = max(least, min(wanted, kv_budget_bytes(self._device, vllm_config)))
+        else:
+            wanted = int(settings.kv_memory_gib * _GIB)
+        if wanted < least:
+            raise SettingsError(
+                f"tokentiming: kv_memory_gib is {settings.kv_memory_gib}, but one request of {self.max_model_len} draft "
+                f"tokens needs {least / _GIB:.3f}; raise kv_memory_gib or lower max_model_len."
+            )
+        if wanted > (free := available_bytes(self._device)):
+            raise SettingsError(
+                f"tokentiming: the draft's KV cache needs {wanted / _GIB:.2f} GiB and {free / _GIB:.2f} GiB are free; "
+                "lower kv_memory_gib or max_model_len, or choose a smaller draft model."
+            )
+        kv_config: KVCacheConfig = get_kv_cache_config_from_groups(self._config, groups, wanted)
+        self._attn_groups, _, kernel_block_sizes = init_attn_backend(kv_config, self._config, self._device)
+        init_kv_cache(context, kv_config, self._device, kernel_block_sizes, self._config)
+        self._kv_config = kv_config
+        # A backend may divide vLLM's blocks into smaller ones; the cache is ours alone, so ours are those.
+        block_size, divided = kernel_block_sizes[0], block_size // kernel_block_sizes[0]
+        logger.info(
+            "TokenTiming draft model %s: KV cache of %.2f GiB, %d tokens.",
+            settings.model, wanted / _GIB, kv_config.num_blocks * divided * block_size,
+        )  # fmt: skip
+        return KVPool(kv_config.num_blocks * divided, block_size, 2 * max_num_seqs, self.max_model_len)
+
+    @torch.inference_mode()
+    def forward(self, spans: Sequence[Span]) -> torch.Tensor:
+        """Run one pass.
+
+        Args:
+            spans: At most ``max_batch_tokens`` tokens, shortest spans first (some attention backends want decodes
+                before prefills). Each row has room for its tokens.
+
+        Returns:
+            Logits after each span's last token, ``[len(spans), vocab_size]``, on the device.
+        """
+        if self._uploaded is not None:
+            self._uploaded.synchronize()
+        lengths = np.array([len(span.draft_ids) for span in spans], dtype=np.int32)
+        starts = np.array([span.start for span in spans], dtype=np.int32)
+        rows = np.array([span.row for span in spans], dtype=np.int32)
+        num_seqs, num_tokens = len(spans), int(lengths.sum())
+        ends = np.cumsum(lengths, dtype=np.int32)
+        self._query_start.np[1 : num_seqs + 1] = ends
+        self._seq_lens.np[:num_seqs] = starts + lengths
+        self._input_ids.np[:num_tokens] = [i for span in spans for i in span.draft_ids]
+        positions = np.arange(num_tokens, dtype=np.int64) + np.repeat(starts - (ends - lengths), lengths)
+        self._positions.np[:num_tokens] = positions
+        self._slots.np[:num_tokens] = self._slots_of(np.repeat(rows, lengths), positions)
+        max_seq_len = int(self._seq_lens.np[:num_seqs].max())
+        table = self.pool.tables[rows, : -(-max_seq_len // self.pool.block_size)]
+        self._block_table.np[: table.size] = table.ravel()
+
+        block_table = self._upload(self._block_table, table.size).view(table.shape)
+        slots = self._upload(self._slots, num_tokens)
+        metadata = build_attn_metadata(
+            attn_groups=self._attn_groups,
+            num_reqs=num_seqs,
+            num_tokens=num_tokens,
+            query_start_loc_gpu=self._upload(self._query_start, num_seqs + 1),
+            query_start_loc_cpu=self._query_start.cpu[: num_seqs + 1],
+            max_query_len=int(lengths.max()),
+            seq_lens=self._upload(self._seq_lens, num_seqs),
+            seq_lens_cpu_upper_bound=self._seq_lens.cpu[:num_seqs],
+            max_seq_len=max_seq_len,
+            block_tables=[block_table],
+            slot_mappings=slots.unsqueeze(0),
+            kv_cache_config=self._kv_config,
+        )
+        input_ids, device_positions = self._upload(self._input_ids, num_tokens), self._upload(self._positions, num_tokens)
+        if self._uploaded is not None:
+            self._uploaded.record()
+        slots_by_layer = build_slot_mappings_by_layer(slots.unsqueeze(0), self._kv_config)
+        with set_forward_context(metadata, self._config, num_tokens=num_tokens, slot_mapping=slots_by_layer):
+            hidden = self._model(input_ids=input_ids, positions=device_positions)
+        last = self._query_start.gpu[1 : num_seqs + 1] - 1
+        logits: torch.Tensor = self._model.compute_logits(hidden[last.long()])
+        return logits[:, : self.vocab_size]
+
+    def _slots_of(self, rows: npt.NDArray[np.int32], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        block, offset = np.divmod(positions, self.pool.block_size)
+        return self.pool.tables[rows, block].astype(np.int64) * self.pool.block_size + offset
+
+    def _upload(self, buffer: Any, size: int) -> torch.Tensor:
+        if self._device.type == "cpu":
+            return buffer.cpu[:size]
+        return buffer.copy_to_gpu(size)

@@ -1,0 +1,99 @@
+"""The configuration under which vLLM builds and runs the draft model inside the target's worker.
+
+Everything here runs twice: when the engine starts, so that a draft that cannot work is refused at once, and in each
+worker.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from vllm.config import ModelConfig, VllmConfig
+from vllm.config.utils import replace
+
+from vllm_tokentiming.config import SettingsError, TokenTimingConfig
+
+
+def draft_model_config(settings: TokenTimingConfig, target: ModelConfig) -> ModelConfig:
+    """Describe the draft model to vLLM.
+
+    Args:
+        settings: Our settings.
+        target: The target's model configuration, from which what the user did not set is taken.
+
+    Returns:
+        The draft's model configuration.
+
+    Raises:
+        SettingsError: There is no such model, or it is not one that can draft.
+    """
+    try:
+        config = ModelConfig(
+            model=settings.model,
+            tokenizer=settings.tokenizer or settings.model,
+            tokenizer_revision=settings.tokenizer_revision,
+            revision=settings.revision,
+            dtype=target.dtype if settings.dtype == "auto" else settings.dtype,
+            quantization=settings.quantization,
+            max_model_len=settings.max_model_len,
+            enforce_eager=target.enforce_eager if settings.enforce_eager is None else settings.enforce_eager,
+            trust_remote_code=target.trust_remote_code,
+            seed=target.seed,
+            runner="generate",
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise SettingsError(
+            f"tokentiming cannot use {settings.model!r} as the draft model; set \"model\" to a decoder-only language "
+            f"model that vLLM can generate with. vLLM says: {_first_line(error)}"
+        ) from error
+    for what, is_it in (
+        ("an encoder-decoder model", config.is_encoder_decoder),
+        ("a model whose attention keeps a running state, which cannot be rolled back", config.has_inner_state),
+        ("a model with multi-dimensional positions", config.uses_mrope),
+    ):
+        if is_it:
+            raise SettingsError(
+                f"tokentiming cannot draft with {settings.model!r}: it is {what}; choose a decoder-only draft model "
+                "with ordinary attention."
+            )
+    return config
+
+
+def draft_vllm_config(vllm_config: VllmConfig, settings: TokenTimingConfig) -> VllmConfig:
+    """Put the draft in the target's place in a worker's configuration.
+
+    Args:
+        vllm_config: The worker's configuration.
+        settings: Our settings.
+
+    Returns:
+        A configuration of its own: nothing that vLLM writes into it reaches the target's.
+    """
+    model_config = draft_model_config(settings, vllm_config.model_config)
+    compilation_config = copy.deepcopy(vllm_config.compilation_config)
+    # Attention layers register themselves there, and the target's KV cache groups are read from there.
+    compilation_config.static_forward_context = {}
+    scheduler_config = copy.copy(vllm_config.scheduler_config)
+    # One block table for all layers: windowed layers then keep more than they need, in a cache that is small anyway.
+    scheduler_config.disable_hybrid_kv_cache_manager = True
+    cache_config = copy.copy(vllm_config.cache_config)
+    cache_config.kv_cache_layout = None
+    return replace(
+        vllm_config,
+        model_config=model_config,
+        cache_config=cache_config,
+        scheduler_config=scheduler_config,
+        compilation_config=compilation_config,
+        speculative_config=None,
+        lora_config=None,
+        kv_transfer_config=None,
+        quant_config=None,  # vLLM reads the draft's own from its checkpoint.
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    text = getattr(error, "errors", None)
+    details: Any = text() if callable(text) else None  # pydantic's own list
+    message = str(details[0]["msg"]) if details else str(error)
+    return message.strip().splitlines()[0] if message.strip() else type(error).__name__

@@ -1,0 +1,197 @@
+"""One step of drafting for a batch: contexts follow their targets, the draft writes, its text becomes proposals.
+
+**Order of a step.** (1) Every context takes in what its target committed, and keeps the KV entries that still stand.
+(2) One pass of the draft reads what each context has and the cache has not: a few tokens for a running request, the
+next chunk of a prompt for a new one, the shortest first, up to the pass's limit. (3) Requests that have caught up
+draft token by token, together, until each has as many target tokens as it may propose.
+
+**What is lost when something is missing.** Without a row, blocks, or positions left, a request gets no proposals in
+this step; it loses speed and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vllm_tokentiming.context import DraftContext, Drafted
+from vllm_tokentiming.draft.model import DraftModel, Span
+from vllm_tokentiming.pair import VocabularyPair
+from vllm_tokentiming.retokenize import Proxy, retokenize
+
+
+@dataclass(frozen=True)
+class Committed:
+    """One request, as the target left it.
+
+    Attributes:
+        request_id: vLLM's id. It may be given to another request once this one has been released.
+        target_ids: ``[>= num_target] int32``; prompt and output.
+        num_target: How many of them are committed.
+        max_proposals: Most target tokens to propose now; 0 while the target itself still reads the prompt.
+    """
+
+    request_id: str
+    target_ids: npt.NDArray[np.int32]
+    num_target: int
+    max_proposals: int
+
+
+@dataclass
+class _Request:
+    context: DraftContext
+    row: int | None = None
+    num_cached: int = 0  # Leading draft ids whose KV entries are in the row.
+    drafted_ids: list[int] = field(default_factory=list)
+    proxy: Proxy = field(default_factory=lambda: Proxy([], 0))
+
+
+class Drafter:
+    """Drafts for all requests of one worker."""
+
+    def __init__(self, pair: VocabularyPair, model: DraftModel, max_draft_tokens: int) -> None:
+        """Bring the vocabularies and the model together.
+
+        Args:
+            pair: The vocabularies.
+            model: The draft model.
+            max_draft_tokens: Most draft tokens written for a request in a step.
+        """
+        self._pair = pair
+        self._model = model
+        self._max_draft_tokens = max_draft_tokens
+        self._requests: dict[str, _Request] = {}
+        draftable = torch.zeros(model.vocab_size, dtype=torch.bool)
+        known = torch.from_numpy(pair.draftable)[: model.vocab_size]
+        draftable[: len(known)] = known
+        self._never: torch.Tensor = ~draftable
+
+    def release(self, request_ids: Iterable[str]) -> None:
+        """Forget requests and free their blocks."""
+        for request_id in request_ids:
+            if request := self._requests.pop(request_id, None):
+                self._close(request)
+
+    def release_all(self) -> None:
+        """Forget every request."""
+        self.release(list(self._requests))
+
+    @torch.inference_mode()
+    def propose(self, batch: Sequence[Committed]) -> list[list[int]]:
+        """Propose target tokens for a batch.
+
+        Args:
+            batch: The requests in the target's batch.
+
+        Returns:
+            Per request, up to ``max_proposals`` target ids.
+
+        Raises:
+            IndexError: An id is outside its vocabulary.
+        """
+        requests = [self._follow(committed) for committed in batch]
+        present = {id(request) for request in requests}
+        ready = [r for r in requests if self._has_room(r, present)]
+        logits_of = self._catch_up(ready)
+        drafting = [
+            (request, committed.max_proposals)
+            for request, committed in zip(requests, batch, strict=True)
+            if committed.max_proposals > 0 and id(request) in logits_of
+        ]
+        if drafting:
+            self._draft(drafting, torch.stack([logits_of[id(request)] for request, _ in drafting]))
+        return [
+            request.proxy.target_ids[: committed.max_proposals]
+            for request, committed in zip(requests, batch, strict=True)
+        ]
+
+    def _follow(self, committed: Committed) -> _Request:
+        """Take in what the target committed since the last step."""
+        request = self._requests.get(committed.request_id)
+        if request is None or request.context.num_target > committed.num_target:
+            self.release([committed.request_id])
+            request = self._requests[committed.request_id] = _Request(DraftContext(self._pair))
+        context = request.context
+        target_ids = committed.target_ids[context.num_target : committed.num_target].tolist()
+        drafted = Drafted(request.drafted_ids, request.proxy) if request.drafted_ids else None
+        kept = context.commit(target_ids, drafted)
+        # The last token of a context is always read again: its logits are what drafting starts from.
+        request.num_cached = min(request.num_cached, kept, len(context.draft_ids) - 1)
+        request.drafted_ids, request.proxy = [], Proxy([], 0)
+        return request
+
+    def _has_room(self, request: _Request, present: set[int]) -> bool:
+        """Find a row and blocks for a context and what may be drafted after it."""
+        need = len(request.context.draft_ids) + self._max_draft_tokens
+        if not request.context.draft_ids:
+            return False
+        if need > self._model.max_model_len:
+            self._close(request)
+            return False
+        pool = self._model.pool
+        while True:
+            if request.row is None:
+                request.row = pool.open_row()
+            if request.row is not None and pool.grow(request.row, need):
+                return True
+            # Requests that are not in the batch (preempted, or waiting their turn) can read their context again.
+            idle = next((r for r in self._requests.values() if r.row is not None and id(r) not in present), None)
+            if idle is None:
+                return False
+            self._close(idle)
+
+    def _close(self, request: _Request) -> None:
+        if request.row is not None:
+            self._model.pool.close_row(request.row)
+        request.row, request.num_cached = None, 0
+
+    def _catch_up(self, requests: Sequence[_Request]) -> dict[int, torch.Tensor]:
+        """Read what contexts have and the cache has not.
+
+        Returns:
+            The logits ``[vocab]`` after the context of each request that has caught up, by ``id``.
+        """
+        shortest_first = sorted(requests, key=lambda r: len(r.context.draft_ids) - r.num_cached)
+        reading: list[tuple[_Request, Span]] = []
+        room = self._model.max_batch_tokens
+        for request in shortest_first:
+            if room == 0:
+                break
+            draft_ids = request.context.draft_ids[request.num_cached : request.num_cached + room]
+            assert request.row is not None
+            reading.append((request, Span(request.row, request.num_cached, draft_ids)))
+            request.num_cached += len(draft_ids)
+            room -= len(draft_ids)
+        if not reading:
+            return {}
+        reading.sort(key=lambda pair: len(pair[1].draft_ids))  # The last one may have been cut short.
+        logits = self._model.forward([span for _, span in reading])
+        return {
+            id(request): row
+            for (request, _), row in zip(reading, logits, strict=True)
+            if request.num_cached == len(request.context.draft_ids)
+        }
+
+    def _draft(self, drafting: list[tuple[_Request, int]], logits: torch.Tensor) -> None:
+        """Write draft tokens, all requests together, one each per pass."""
+        for num_drafted in range(1, self._max_draft_tokens + 1):
+            next_ids: list[int] = logits.masked_fill_(self._never.to(logits.device), float("-inf")).argmax(-1).tolist()
+            going_on: list[tuple[_Request, int]] = []
+            for (request, max_proposals), draft_id in zip(drafting, next_ids, strict=True):
+                request.drafted_ids.append(draft_id)
+                request.proxy = retokenize(self._pair, request.drafted_ids)
+                if not request.proxy.ended and request.proxy.stable < max_proposals:
+                    going_on.append((request, max_proposals))
+            drafting = going_on
+            if not drafting or num_drafted == self._max_draft_tokens:
+                return
+            spans = []
+            for request, _ in drafting:
+                assert request.row is not None
+                spans.append(Span(request.row, request.num_cached, request.drafted_ids[-1:]))
+                request.num_cached += 1
+            logits = self._model.forward(spans)

@@ -1,0 +1,108 @@
+"""The seam between vLLM's model runner and our proposer.
+
+vLLM's ``custom_class`` interface tells a proposer neither which requests it drafts for nor that requests have ended.
+Two thin wrappers around ``GPUModelRunner`` do; they act only for our proposer, and can go when vLLM passes request
+ids and finished requests to ``propose`` (no version does so far; 0.32 and 0.33 read).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.config import VllmConfig
+
+from vllm_tokentiming import compat
+from vllm_tokentiming.config import METHOD, SettingsError
+from vllm_tokentiming.drafting import Committed
+from vllm_tokentiming.pair import VocabularyPair
+
+
+def settings_of(vllm_config: VllmConfig) -> Mapping[str, Any]:
+    """Our settings in a worker's configuration.
+
+    Raises:
+        SettingsError: There are none.
+    """
+    additional = vllm_config.additional_config
+    if not isinstance(additional, Mapping) or not isinstance(additional.get(METHOD), Mapping):
+        raise SettingsError(
+            'tokentiming has no settings: add --additional-config \'{"tokentiming": {"model": "<draft model>"}}\', or '
+            'use "method": "tokentiming" in --speculative-config.'
+        )
+    return additional[METHOD]
+
+
+def describe_special_tokens(pair: VocabularyPair) -> str:
+    """The special-token map in words, for the log."""
+    target, draft = pair.target.token_bytes.special, pair.draft.token_bytes.special
+    shown = [f"{target[t]} = {draft[d]}" for t, d in sorted(pair.special.to_draft.items())]
+    return ", ".join(shown[:8] + (["..."] if len(shown) > 8 else [])) or "none in common"
+
+
+def install() -> None:
+    """Wrap the model runner and apply the repairs that this device needs. Can be called any number of times."""
+    from vllm.platforms import current_platform
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    if current_platform.is_cpu():
+        compat.repair_cpu_rejection_sampler()
+    compat.repair_top_k_without_drafts()
+    if getattr(GPUModelRunner.propose_draft_token_ids, "_tokentiming", False):
+        return
+
+    propose = GPUModelRunner.propose_draft_token_ids
+    input_fits = GPUModelRunner._input_fits_in_drafter
+
+    @functools.wraps(propose)
+    def propose_draft_token_ids(
+        self: Any, scheduler_output: Any, sampled_token_ids: Any, sampling_metadata: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if _is_ours(self.drafter):
+            self.drafter.batch = _take_over(self, scheduler_output, sampled_token_ids)
+        return propose(self, scheduler_output, sampled_token_ids, sampling_metadata, *args, **kwargs)
+
+    @functools.wraps(input_fits)
+    def _input_fits_in_drafter(self: Any, common_attn_metadata: Any) -> bool:
+        # vLLM stops drafting for the whole batch once one request nears the maximum length; we stop for that one.
+        if _is_ours(self.drafter):
+            return common_attn_metadata is not None
+        fits: bool = input_fits(self, common_attn_metadata)
+        return fits
+
+    propose_draft_token_ids._tokentiming = True  # type: ignore[attr-defined]
+    GPUModelRunner.propose_draft_token_ids = propose_draft_token_ids
+    GPUModelRunner._input_fits_in_drafter = _input_fits_in_drafter
+
+
+def _is_ours(drafter: Any) -> bool:
+    from vllm_tokentiming.proposer import TokenTimingProposer
+
+    return isinstance(drafter, TokenTimingProposer)
+
+
+def _take_over(runner: Any, scheduler_output: Any, sampled_token_ids: list[list[int]]) -> list[Committed]:
+    """Tell the proposer which requests are gone, and describe the batch that is there."""
+    proposer, requests, batch = runner.drafter, runner.requests, runner.input_batch
+    # A request that ends is gone from `requests`; if another one took its id in the same step, its state is another
+    # object. A preempted one keeps both, and loses its blocks.
+    gone = {request_id for request_id, owner in proposer.owners.items() if requests.get(request_id) is not owner}
+    proposer.release(gone | (scheduler_output.preempted_req_ids or set()))
+    proposer.owners = {request_id: requests[request_id] for request_id in requests}
+
+    committed = []
+    for index, request_id in enumerate(batch.req_ids):
+        num_target = int(batch.num_tokens_no_spec[index])
+        request = requests[request_id]
+        if request.prompt_embeds is not None:  # There are no prompt tokens that the draft could read.
+            num_target = 0
+        max_proposals = 0
+        if sampled_token_ids[index] and num_target:
+            max_proposals = min(
+                runner.num_spec_tokens,
+                runner.max_model_len - num_target - 1,
+                request.sampling_params.max_tokens - (num_target - request.num_prompt_tokens) - 1,
+            )
+        committed.append(Committed(request_id, batch.token_ids_cpu[index], num_target, max(max_proposals, 0)))
+    return committed

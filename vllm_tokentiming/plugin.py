@@ -1,0 +1,79 @@
+"""The entry point ``vllm.general_plugins``: teaches vLLM the method ``tokentiming``.
+
+vLLM calls ``register`` in every process, in the front end before the configuration is built. It prints nothing, may
+be called any number of times, and changes nothing for engines that do not ask for us.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm_tokentiming.config import METHOD, PROPOSER, SettingsError, TokenTimingConfig, split_speculative_config
+
+
+def register() -> None:
+    """Let ``EngineArgs`` understand our method.
+
+    vLLM refuses methods that it does not know (``SpeculativeConfig``, all versions so far); this can go when a plugin
+    may register one.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    original = EngineArgs.create_speculative_config
+    if getattr(original, "_tokentiming", False):
+        return
+
+    @functools.wraps(original)
+    def create_speculative_config(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
+        given = self.speculative_config or {}
+        method = self.spec_method if getattr(self, "spec_method", None) else given.get("method")
+        if method != METHOD and given.get("model") != PROPOSER:
+            return original(self, target_model_config, target_parallel_config)
+        given = {key.replace("-", "_"): value for key, value in given.items()}
+        # vLLM's shorthand options for the same three keys.
+        for option, key in (("spec_method", "method"), ("spec_model", "model"), ("spec_tokens", "num_speculative_tokens")):
+            if getattr(self, option, None) is not None:
+                given[key] = getattr(self, option)
+                setattr(self, option, None)
+        if method == METHOD:
+            vllm_part, settings = split_speculative_config(given)
+            if METHOD in self.additional_config:
+                raise SettingsError(
+                    'tokentiming: give the settings either in --speculative-config (method "tokentiming") or in '
+                    f'--additional-config (method "custom_class", model "{PROPOSER}"), not in both.'
+                )
+            self.additional_config = {**self.additional_config, METHOD: settings}
+        else:
+            vllm_part, settings = given, self.additional_config.get(METHOD, {})
+        _refuse_early(settings, target_model_config, target_parallel_config)
+        self.speculative_config = vllm_part
+        return original(self, target_model_config, target_parallel_config)
+
+    create_speculative_config._tokentiming = True  # type: ignore[attr-defined]
+    EngineArgs.create_speculative_config = create_speculative_config
+
+
+def _refuse_early(settings: dict[str, Any], target_model_config: Any, target_parallel_config: Any) -> None:
+    """Find out in the front end, before any model is loaded, what would stop a worker.
+
+    Raises:
+        SettingsError: Something would.
+    """
+    parsed = TokenTimingConfig.parse(settings)
+    try:
+        import vllm_tokentiming.alignment  # noqa: F401
+    except ImportError as error:
+        raise SettingsError(f"tokentiming: {error}") from error
+    from vllm_tokentiming.compat import check_vllm
+
+    check_vllm()
+    if target_parallel_config.pipeline_parallel_size > 1:
+        raise SettingsError(
+            "tokentiming does not work with pipeline parallelism yet; set --pipeline-parallel-size to 1 and use tensor "
+            "parallelism instead."
+        )
+    from vllm_tokentiming.draft.vllm_config import draft_model_config
+    from vllm_tokentiming.vocabularies import load_pair
+
+    load_pair(parsed, target_model_config, draft_model_config(parsed, target_model_config))

@@ -1,0 +1,101 @@
+"""The proposer that vLLM loads in every worker: settings and vLLM's batch in, target tokens out.
+
+A fault of ours costs the step its proposals, never a request: it is logged once per kind, all draft state is thrown
+away, and the next step starts afresh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+
+from vllm_tokentiming import integration
+from vllm_tokentiming.config import METHOD, TokenTimingConfig
+from vllm_tokentiming.vocabularies import load_pair
+
+if TYPE_CHECKING:
+    from vllm_tokentiming.drafting import Committed, Drafter
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class TokenTimingProposer:
+    """vLLM's ``custom_class`` proposer (``vllm/v1/spec_decode/custom_class_proposer.py``)."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        """Read the settings and hook into the model runner.
+
+        Args:
+            vllm_config: The worker's configuration; our settings are ``additional_config["tokentiming"]``.
+
+        Raises:
+            SettingsError: A setting cannot work.
+        """
+        self._vllm_config = vllm_config
+        self._settings = TokenTimingConfig.parse(integration.settings_of(vllm_config))
+        self.num_speculative_tokens: int = vllm_config.speculative_config.num_speculative_tokens
+        # Set by the integration before each call of `propose`.
+        self.batch: list[Committed] = []
+        self.owners: dict[str, Any] = {}  # vLLM's state object of each request, which tells a reused id apart.
+        self._drafter: Drafter | None = None
+        self._faults: set[str] = set()
+        integration.install()
+
+    def load_model(self, target_model: Any) -> None:
+        """Load the draft model and read both vocabularies.
+
+        Args:
+            target_model: The target, unused: the two share nothing.
+
+        Raises:
+            SettingsError: The draft cannot be used.
+        """
+        from vllm_tokentiming.draft.model import DraftModel
+        from vllm_tokentiming.drafting import Drafter
+
+        max_draft_tokens = self._settings.max_draft_tokens or 2 * self.num_speculative_tokens
+        model = DraftModel(self._vllm_config, self._settings)
+        pair = load_pair(self._settings, self._vllm_config.model_config, model.model_config)
+        logger.info(
+            "TokenTiming: target vocabulary %d (%s), draft vocabulary %d (%s), %s alignment; special tokens "
+            "(target to draft): %s.",
+            pair.target.token_bytes.size, pair.target.token_bytes.kind.value,
+            pair.draft.token_bytes.size, pair.draft.token_bytes.kind.value,
+            "byte-exact" if pair.exact else "lossy, warped", integration.describe_special_tokens(pair),
+        )  # fmt: skip
+        self._drafter = Drafter(pair, model, max_draft_tokens)
+
+    def propose(
+        self, sampled_token_ids: list[list[int]], num_tokens_no_spec: Any, token_ids_cpu: Any, **_: Any
+    ) -> list[list[int]]:
+        """Propose target tokens for vLLM's batch.
+
+        Args:
+            sampled_token_ids: Target ids sampled in this step, per request; only their number is used, since the batch
+                itself comes through the integration, which knows the requests.
+            num_tokens_no_spec: Unused.
+            token_ids_cpu: Unused.
+
+        Returns:
+            Per request, up to ``num_speculative_tokens`` target ids.
+        """
+        assert self._drafter is not None
+        if len(self.batch) != len(sampled_token_ids):  # A warm-up run of vLLM's.
+            return [[] for _ in sampled_token_ids]
+        try:
+            return self._drafter.propose(self.batch)
+        except Exception as error:
+            self._drafter.release_all()
+            kind = f"{METHOD}: {type(error).__name__}: {error}"
+            if kind not in self._faults:
+                self._faults.add(kind)
+                logger.exception("TokenTiming failed to draft; these requests go on without proposals in this step.")
+            return [[] for _ in sampled_token_ids]
+
+    def release(self, request_ids: Iterable[str]) -> None:
+        """Forget requests that finished, were aborted or preempted."""
+        if self._drafter is not None:
+            self._drafter.release(request_ids)

@@ -1,0 +1,69 @@
+"""Reads the tokenizers of a target and a draft as vLLM loads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.config import ModelConfig
+from vllm.tokenizers import get_tokenizer
+
+from vllm_tokentiming.config import SettingsError, TokenTimingConfig
+from vllm_tokentiming.pair import Vocabulary, VocabularyPair
+
+
+def load_pair(settings: TokenTimingConfig, target: ModelConfig, draft: ModelConfig) -> VocabularyPair:
+    """Read both vocabularies.
+
+    Args:
+        settings: Our settings.
+        target: The target's model configuration.
+        draft: The draft's.
+
+    Returns:
+        The pair.
+
+    Raises:
+        SettingsError: A tokenizer is missing or cannot be read, or does not fit its model.
+    """
+    try:
+        return VocabularyPair.of(
+            _vocabulary(target, "target"),
+            _vocabulary(draft, "draft"),
+            overrides=settings.special_tokens,
+            unmapped=settings.unmapped_special_tokens,
+            window=settings.dtw_window,
+        )
+    except SettingsError:
+        raise
+    except ValueError as error:
+        raise SettingsError(f"tokentiming: {error}; the special tokens are those in its tokenizer.json.") from error
+
+
+def _vocabulary(model: ModelConfig, role: str) -> Vocabulary:
+    hint = ' or set "tokenizer"' if role == "draft" else ""
+    try:
+        tokenizer: Any = get_tokenizer(
+            model.tokenizer,
+            tokenizer_mode=model.tokenizer_mode,
+            trust_remote_code=model.trust_remote_code,
+            revision=model.tokenizer_revision,
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SettingsError(
+            f"tokentiming cannot load the {role}'s tokenizer {model.tokenizer!r}; put a tokenizer.json into that "
+            f"folder{hint}. transformers says: {str(error).strip().splitlines()[0]}"
+        ) from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise SettingsError(
+            f"tokentiming cannot read the {role}'s tokenizer {model.tokenizer!r} ({type(tokenizer).__name__}): it has no "
+            f"tokenizer.json; convert it to a fast tokenizer{hint}."
+        )
+    head_size = model.get_vocab_size()
+    vocabulary = Vocabulary.of(backend, head_size, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    if any(vocabulary.token_bytes.pieces[head_size:]):
+        raise SettingsError(
+            f"tokentiming: the {role}'s tokenizer {model.tokenizer!r} has {vocabulary.token_bytes.size} ids, its model only "
+            f"{head_size}; choose the tokenizer that the model was trained with{hint}."
+        )
+    return vocabulary
