@@ -3,7 +3,9 @@
 **Order of a step.** (1) Every context takes in what its target committed, and keeps the KV entries that still stand.
 (2) One pass of the draft reads what each context has and the cache has not: a few tokens for a running request, the
 next chunk of a prompt for a new one, the shortest first, up to the pass's limit. (3) Requests that have caught up
-draft token by token, together, until each has as many target tokens as it may propose.
+draft token by token, together, until each has as many target tokens as it may propose. (The last of them may be a
+piece of a longer target token. Drafting on until no further text could change it was measured: as many tokens were
+accepted, for more passes of the draft.)
 
 **What is lost when something is missing.** Without a row, blocks, or positions left, a request gets no proposals in
 this step; it loses speed and nothing else.
@@ -47,7 +49,7 @@ class _Request:
     row: int | None = None
     num_cached: int = 0  # Leading draft ids whose KV entries are in the row.
     drafted_ids: list[int] = field(default_factory=list)
-    proxy: Proxy = field(default_factory=lambda: Proxy([], 0))
+    proxy: Proxy = field(default_factory=lambda: Proxy([]))
 
 
 class Drafter:
@@ -121,7 +123,7 @@ class Drafter:
         kept = context.commit(target_ids, drafted)
         # The last token of a context is always read again: its logits are what drafting starts from.
         request.num_cached = min(request.num_cached, kept, len(context.draft_ids) - 1)
-        request.drafted_ids, request.proxy = [], Proxy([], 0)
+        request.drafted_ids, request.proxy = [], Proxy([])
         return request
 
     def _has_room(self, request: _Request, present: set[int]) -> bool:
@@ -184,7 +186,7 @@ class Drafter:
             for (request, max_proposals), draft_id in zip(drafting, next_ids, strict=True):
                 request.drafted_ids.append(draft_id)
                 request.proxy = retokenize(self._pair, request.drafted_ids)
-                if not request.proxy.ended and request.proxy.stable < max_proposals:
+                if not request.proxy.ended and len(request.proxy.target_ids) < max_proposals:
                     going_on.append((request, max_proposals))
             drafting = going_on
             if not drafting or num_drafted == self._max_draft_tokens:

@@ -25,12 +25,10 @@ class Proxy:
 
     Attributes:
         target_ids: What the target would write for the drafted text.
-        stable: How many of them more drafted text could not change.
         ended: Whether the draft ended the text (or the turn), so that nothing can follow.
     """
 
     target_ids: list[int]
-    stable: int
     ended: bool = False
 
 
@@ -49,11 +47,10 @@ def retokenize(pair: VocabularyPair, drafted_ids: Sequence[int]) -> Proxy:
         IndexError: An id is outside its vocabulary.
     """
     ended = bool(drafted_ids) and drafted_ids[-1] in pair.special.to_target
-    encoded = pair.target.encoder.encode_tail(pair.draft.token_bytes.decode(drafted_ids))
-    if not ended:
-        return Proxy(encoded.ids, encoded.settled_ids)
-    target_ids = [*encoded.ids, pair.special.to_target[drafted_ids[-1]]]
-    return Proxy(target_ids, len(target_ids), ended=True)
+    target_ids = pair.target.encoder.encode(pair.draft.token_bytes.decode(drafted_ids))
+    if ended:
+        target_ids.append(pair.special.to_target[drafted_ids[-1]])
+    return Proxy(target_ids, ended)
 
 
 def align(pair: VocabularyPair, drafted_ids: Sequence[int], proxy: Proxy) -> npt.NDArray[np.int32]:
