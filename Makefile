@@ -1,0 +1,36 @@
+# Commands of the README. The first one sets `.venv` up (a few minutes); after that only changed kernels are built again.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Newer than everything that the environment is made from, or it is set up again.
+READY := .venv/ready
+# Real vocabularies and prompts; tests that need them are skipped where they are absent.
+TOKENTIMING_DATA ?= $(abspath $(wildcard ../shared/data))
+# One thread: the embedded models are too small to share among threads that wait for each other.
+TEST_ENV = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=WARNING VLLM_NO_USAGE_STATS=1 \
+	$(if $(TOKENTIMING_DATA),TOKENTIMING_DATA="$(TOKENTIMING_DATA)")
+
+.PHONY: setup demo test lint clean distclean
+
+setup: $(READY)
+
+$(READY): pyproject.toml setup.py scripts/setup_environment.py $(wildcard csrc/*.pyx csrc/*.pxd)
+	$(PYTHON) scripts/setup_environment.py
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(READY)
+	$(TEST_ENV) $(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:  # What was built; the installed environment stays.
+	rm -rf build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache $(READY)
+	rm -f csrc/*.c csrc/*.cpp csrc/*.html vllm_tokentiming/*.so
+
+distclean: clean
+	rm -rf .venv
