@@ -43,7 +43,7 @@ class TokenTimingConfig(BaseModel):
         enforce_eager: Whether to run the draft without compilation; by default as the target.
         max_draft_tokens: Most draft tokens written per step; by default twice ``num_speculative_tokens``.
         dtw_window: Sakoe-Chiba half-width of the warping, in tokens.
-        strategy: How proposals are made; ``tokentiming`` is the only one yet.
+        strategy: How proposals are made: ``tokentiming``, or, for comparison, ``slem`` or ``tli`` (``writer.py``).
         special_tokens: Draft special token for a target special token, both by text; ``null`` drops it.
         unmapped_special_tokens: What the draft reads for other special tokens of the target: their ``text``, or
             nothing (``drop``).
@@ -62,7 +62,7 @@ class TokenTimingConfig(BaseModel):
     enforce_eager: bool | None = None
     max_draft_tokens: int | None = Field(None, ge=1)
     dtw_window: int = Field(8, ge=1)
-    strategy: Literal["tokentiming"] = "tokentiming"
+    strategy: Literal["tokentiming", "slem", "tli"] = "tokentiming"
     special_tokens: dict[str, str | None] = {}
     unmapped_special_tokens: Literal["text", "drop"] = "text"
 

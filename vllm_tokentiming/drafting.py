@@ -14,7 +14,7 @@ this step; it loses speed and nothing else.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +22,9 @@ import torch
 
 from vllm_tokentiming.context import DraftContext, Drafted
 from vllm_tokentiming.draft.model import DraftModel, Span
+from vllm_tokentiming.draft.sampling import DraftSampling
 from vllm_tokentiming.pair import VocabularyPair
-from vllm_tokentiming.retokenize import Proxy, retokenize
+from vllm_tokentiming.writer import Draft, Writer
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,29 @@ class Committed:
         target_ids: ``[>= num_target] int32``; prompt and output.
         num_target: How many of them are committed.
         max_proposals: Most target tokens to propose now; 0 while the target itself still reads the prompt.
+        sampling: How the draft is to be drawn; ``None`` for a greedy request, or one whose proposals vLLM may cut by
+            looking at them.
     """
 
     request_id: str
     target_ids: npt.NDArray[np.int32]
     num_target: int
     max_proposals: int
+    sampling: DraftSampling | None = None
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """What a step proposes.
+
+    Attributes:
+        target_ids: Per request, up to ``max_proposals`` target ids.
+        q: ``[requests, num_speculative_tokens, target vocabulary] float32``, the law that each was drawn from; ``None``
+            if all are to be verified as one-hot.
+    """
+
+    target_ids: list[list[int]]
+    q: torch.Tensor | None = None
 
 
 @dataclass
@@ -48,29 +66,26 @@ class _Request:
     context: DraftContext
     row: int | None = None
     num_cached: int = 0  # Leading draft ids whose KV entries are in the row.
-    drafted_ids: list[int] = field(default_factory=list)
-    proxy: Proxy = field(default_factory=lambda: Proxy([]))
+    drafted: Drafted | None = None  # What was drafted in the last step.
 
 
 class Drafter:
     """Drafts for all requests of one worker."""
 
-    def __init__(self, pair: VocabularyPair, model: DraftModel, max_draft_tokens: int) -> None:
+    def __init__(self, pair: VocabularyPair, model: DraftModel, writer: Writer, max_draft_tokens: int) -> None:
         """Bring the vocabularies and the model together.
 
         Args:
             pair: The vocabularies.
             model: The draft model.
+            writer: What turns its logits into proposals.
             max_draft_tokens: Most draft tokens written for a request in a step.
         """
         self._pair = pair
         self._model = model
         self._max_draft_tokens = max_draft_tokens
+        self._writer = writer
         self._requests: dict[str, _Request] = {}
-        draftable = torch.zeros(model.vocab_size, dtype=torch.bool)
-        known = torch.from_numpy(pair.draftable)[: model.vocab_size]
-        draftable[: len(known)] = known
-        self._never: torch.Tensor = ~draftable
 
     def release(self, request_ids: Iterable[str]) -> None:
         """Forget requests and free their blocks."""
@@ -83,14 +98,14 @@ class Drafter:
         self.release(list(self._requests))
 
     @torch.inference_mode()
-    def propose(self, batch: Sequence[Committed]) -> list[list[int]]:
+    def propose(self, batch: Sequence[Committed]) -> Proposals:
         """Propose target tokens for a batch.
 
         Args:
             batch: The requests in the target's batch.
 
         Returns:
-            Per request, up to ``max_proposals`` target ids.
+            The proposals, in the batch's order.
 
         Raises:
             IndexError: An id is outside its vocabulary.
@@ -99,17 +114,21 @@ class Drafter:
         present = {id(request) for request in requests}
         ready = [r for r in requests if self._has_room(r, present)]
         logits_of = self._catch_up(ready)
-        drafting = [
-            (request, committed.max_proposals)
-            for request, committed in zip(requests, batch, strict=True)
+        drafts = [
+            Draft(index, committed.max_proposals, committed.sampling, committed.num_target)
+            for index, (request, committed) in enumerate(zip(requests, batch, strict=True))
             if committed.max_proposals > 0 and id(request) in logits_of
         ]
-        if drafting:
-            self._draft(drafting, torch.stack([logits_of[id(request)] for request, _ in drafting]))
-        return [
-            request.proxy.target_ids[: committed.max_proposals]
-            for request, committed in zip(requests, batch, strict=True)
-        ]
+        target_ids: list[list[int]] = [[] for _ in batch]
+        if not drafts:
+            return Proposals(target_ids)
+        self._writer.begin(len(batch), drafts)
+        self._draft(drafts, requests, torch.stack([logits_of[id(requests[draft.index])] for draft in drafts]))
+        self._writer.finish(drafts)
+        for draft in drafts:
+            requests[draft.index].drafted = Drafted(draft.draft_ids, draft.proxy)
+            target_ids[draft.index] = draft.proxy.target_ids[: draft.max_proposals]
+        return Proposals(target_ids, self._writer.q)
 
     def _follow(self, committed: Committed) -> _Request:
         """Take in what the target committed since the last step."""
@@ -119,11 +138,10 @@ class Drafter:
             request = self._requests[committed.request_id] = _Request(DraftContext(self._pair))
         context = request.context
         target_ids = committed.target_ids[context.num_target : committed.num_target].tolist()
-        drafted = Drafted(request.drafted_ids, request.proxy) if request.drafted_ids else None
-        kept = context.commit(target_ids, drafted)
+        kept = context.commit(target_ids, request.drafted)
         # The last token of a context is always read again: its logits are what drafting starts from.
         request.num_cached = min(request.num_cached, kept, len(context.draft_ids) - 1)
-        request.drafted_ids, request.proxy = [], Proxy([])
+        request.drafted = None
         return request
 
     def _has_room(self, request: _Request, present: set[int]) -> bool:
@@ -178,22 +196,17 @@ class Drafter:
             if request.num_cached == len(request.context.draft_ids)
         }
 
-    def _draft(self, drafting: list[tuple[_Request, int]], logits: torch.Tensor) -> None:
+    def _draft(self, drafts: list[Draft], requests: Sequence[_Request], logits: torch.Tensor) -> None:
         """Write draft tokens, all requests together, one each per pass."""
         for num_drafted in range(1, self._max_draft_tokens + 1):
-            next_ids: list[int] = logits.masked_fill_(self._never.to(logits.device), float("-inf")).argmax(-1).tolist()
-            going_on: list[tuple[_Request, int]] = []
-            for (request, max_proposals), draft_id in zip(drafting, next_ids, strict=True):
-                request.drafted_ids.append(draft_id)
-                request.proxy = retokenize(self._pair, request.drafted_ids)
-                if not request.proxy.ended and len(request.proxy.target_ids) < max_proposals:
-                    going_on.append((request, max_proposals))
-            drafting = going_on
-            if not drafting or num_drafted == self._max_draft_tokens:
+            self._writer.advance(drafts, logits)
+            drafts = [draft for draft in drafts if not draft.done]
+            if not drafts or num_drafted == self._max_draft_tokens:
                 return
             spans = []
-            for request, _ in drafting:
+            for draft in drafts:
+                request = requests[draft.index]
                 assert request.row is not None
-                spans.append(Span(request.row, request.num_cached, request.drafted_ids[-1:]))
+                spans.append(Span(request.row, request.num_cached, draft.draft_ids[-1:]))
                 request.num_cached += 1
             logits = self._model.forward(spans)

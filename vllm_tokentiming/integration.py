@@ -15,8 +15,11 @@ from vllm.config import VllmConfig
 
 from vllm_tokentiming import compat
 from vllm_tokentiming.config import METHOD, SettingsError
+from vllm_tokentiming.draft.sampling import DraftSampling, seed_of
 from vllm_tokentiming.drafting import Committed
 from vllm_tokentiming.pair import VocabularyPair
+
+_GREEDY_BELOW = 1e-5  # vLLM's `_SAMPLING_EPS`
 
 
 def settings_of(vllm_config: VllmConfig) -> Mapping[str, Any]:
@@ -59,9 +62,14 @@ def install() -> None:
     def propose_draft_token_ids(
         self: Any, scheduler_output: Any, sampled_token_ids: Any, sampling_metadata: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        if _is_ours(self.drafter):
-            self.drafter.batch = _take_over(self, scheduler_output, sampled_token_ids)
-        return propose(self, scheduler_output, sampled_token_ids, sampling_metadata, *args, **kwargs)
+        if not _is_ours(self.drafter):
+            return propose(self, scheduler_output, sampled_token_ids, sampling_metadata, *args, **kwargs)
+        self.drafter.batch = _take_over(self, scheduler_output, sampled_token_ids)
+        proposed = propose(self, scheduler_output, sampled_token_ids, sampling_metadata, *args, **kwargs)
+        # The rejection sampler reads these two in the next step, whoever set them; without them, one-hot.
+        self._draft_probs = self.drafter.q
+        self._draft_prob_req_ids = None if self.drafter.q is None else self.input_batch.req_ids.copy()
+        return proposed
 
     @functools.wraps(input_fits)
     def _input_fits_in_drafter(self: Any, common_attn_metadata: Any) -> bool:
@@ -104,5 +112,22 @@ def _take_over(runner: Any, scheduler_output: Any, sampled_token_ids: list[list[
                 runner.max_model_len - num_target - 1,
                 request.sampling_params.max_tokens - (num_target - request.num_prompt_tokens) - 1,
             )
-        committed.append(Committed(request_id, batch.token_ids_cpu[index], num_target, max(max_proposals, 0)))
+        committed.append(
+            Committed(request_id, batch.token_ids_cpu[index], num_target, max(max_proposals, 0), _sampling(request))
+        )
     return committed
+
+
+def _sampling(request: Any) -> DraftSampling | None:
+    """How to draw a request's draft; ``None`` if its proposals are to be verified as one-hot."""
+    parameters = request.sampling_params
+    # vLLM cuts proposals at the first token that the grammar forbids: a choice that looks at the tokens.
+    if parameters.temperature < _GREEDY_BELOW or parameters.structured_outputs is not None:
+        return None
+    return DraftSampling(
+        seed_of(request.req_id, parameters.seed),
+        parameters.temperature,
+        max(parameters.top_k, 0),
+        parameters.top_p,
+        parameters.min_p,
+    )

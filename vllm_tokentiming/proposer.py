@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
@@ -39,6 +40,7 @@ class TokenTimingProposer:
         self.num_speculative_tokens: int = vllm_config.speculative_config.num_speculative_tokens
         # Set by the integration before each call of `propose`.
         self.batch: list[Committed] = []
+        self.q: torch.Tensor | None = None  # Taken by the integration after each call.
         self.owners: dict[str, Any] = {}  # vLLM's state object of each request, which tells a reused id apart.
         self._drafter: Drafter | None = None
         self._faults: set[str] = set()
@@ -55,6 +57,7 @@ class TokenTimingProposer:
         """
         from vllm_tokentiming.draft.model import DraftModel
         from vllm_tokentiming.drafting import Drafter
+        from vllm_tokentiming.writer import Writer
 
         max_draft_tokens = self._settings.max_draft_tokens or 2 * self.num_speculative_tokens
         model = DraftModel(self._vllm_config, self._settings)
@@ -66,7 +69,17 @@ class TokenTimingProposer:
             pair.draft.token_bytes.size, pair.draft.token_bytes.kind.value,
             "byte-exact" if pair.exact else "lossy, warped", integration.describe_special_tokens(pair),
         )  # fmt: skip
-        self._drafter = Drafter(pair, model, max_draft_tokens)
+        target_size = self._vllm_config.model_config.get_vocab_size()
+        writer = Writer(
+            pair,
+            self._settings.strategy,
+            draft_size=model.vocab_size,
+            target_size=target_size,
+            num_proposals=self.num_speculative_tokens,
+            max_draft_tokens=max_draft_tokens,
+            device=model.device,
+        )
+        self._drafter = Drafter(pair, model, writer, max_draft_tokens)
 
     def propose(
         self, sampled_token_ids: list[list[int]], num_tokens_no_spec: Any, token_ids_cpu: Any, **_: Any
@@ -83,10 +96,13 @@ class TokenTimingProposer:
             Per request, up to ``num_speculative_tokens`` target ids.
         """
         assert self._drafter is not None
+        self.q = None
         if len(self.batch) != len(sampled_token_ids):  # A warm-up run of vLLM's.
             return [[] for _ in sampled_token_ids]
         try:
-            return self._drafter.propose(self.batch)
+            proposals = self._drafter.propose(self.batch)
+            self.q = proposals.q
+            return proposals.target_ids
         except Exception as error:
             self._drafter.release_all()
             kind = f"{METHOD}: {type(error).__name__}: {error}"

@@ -60,6 +60,7 @@ class DraftModel:
 
     Attributes:
         model_config: vLLM's description of it.
+        device: Where it runs.
         max_model_len: Longest sequence in draft tokens.
         max_batch_tokens: Most tokens in one pass.
         vocab_size: Columns of the logits.
@@ -77,7 +78,7 @@ class DraftModel:
             SettingsError: The draft does not fit.
         """
         self._config = draft_vllm_config(vllm_config, settings)
-        self._device = torch.device(vllm_config.device_config.device)
+        self.device = torch.device(vllm_config.device_config.device)
         self.model_config = self._config.model_config
         self.max_model_len = self.model_config.max_model_len
         self.vocab_size = self.model_config.get_vocab_size()
@@ -100,11 +101,11 @@ class DraftModel:
         self._seq_lens = self._buffer(num_rows, torch.int32)
         self._block_table = self._buffer(self.pool.tables.size, torch.int32)
         # The host buffers are written again in the next pass; on an accelerator they must have been read by then.
-        self._uploaded = None if self._device.type == "cpu" else torch.Event(self._device.type)
+        self._uploaded = None if self.device.type == "cpu" else torch.Event(self.device.type)
 
     def _buffer(self, size: int, dtype: torch.dtype) -> CpuGpuBuffer:
-        buffer = CpuGpuBuffer(size, dtype=dtype, device=self._device)
-        if self._device.type == "cpu":
+        buffer = CpuGpuBuffer(size, dtype=dtype, device=self.device)
+        if self.device.type == "cpu":
             buffer.gpu = buffer.cpu
         return buffer
 
@@ -126,7 +127,7 @@ class DraftModel:
         least = (row_blocks + 1) * block_bytes
         if settings.kv_memory_gib is None:
             wanted = (max_num_seqs * row_blocks + 1) * block_bytes
-            wanted = max(least, min(wanted, kv_budget_bytes(self._device, vllm_config)))
+            wanted = max(least, min(wanted, kv_budget_bytes(self.device, vllm_config)))
         else:
             wanted = int(settings.kv_memory_gib * _GIB)
         if wanted < least:
@@ -134,14 +135,14 @@ class DraftModel:
                 f"tokentiming: kv_memory_gib is {settings.kv_memory_gib}, but one request of {self.max_model_len} draft "
                 f"tokens needs {least / _GIB:.3f}; raise kv_memory_gib or lower max_model_len."
             )
-        if wanted > (free := available_bytes(self._device)):
+        if wanted > (free := available_bytes(self.device)):
             raise SettingsError(
                 f"tokentiming: the draft's KV cache needs {wanted / _GIB:.2f} GiB and {free / _GIB:.2f} GiB are free; "
                 "lower kv_memory_gib or max_model_len, or choose a smaller draft model."
             )
         kv_config: KVCacheConfig = get_kv_cache_config_from_groups(self._config, groups, wanted)
-        self._attn_groups, _, kernel_block_sizes = init_attn_backend(kv_config, self._config, self._device)
-        init_kv_cache(context, kv_config, self._device, kernel_block_sizes, self._config)
+        self._attn_groups, _, kernel_block_sizes = init_attn_backend(kv_config, self._config, self.device)
+        init_kv_cache(context, kv_config, self.device, kernel_block_sizes, self._config)
         self._kv_config = kv_config
         # A backend may divide vLLM's blocks into smaller ones; the cache is ours alone, so ours are those.
         block_size, divided = kernel_block_sizes[0], block_size // kernel_block_sizes[0]
@@ -210,6 +211,6 @@ class DraftModel:
         return self.pool.tables[rows, block].astype(np.int64) * self.pool.block_size + offset
 
     def _upload(self, buffer: Any, size: int) -> torch.Tensor:
-        if self._device.type == "cpu":
+        if self.device.type == "cpu":
             return buffer.cpu[:size]
         return buffer.copy_to_gpu(size)

@@ -1,0 +1,110 @@
+"""The online transducer: draft tokens in, target tokens out, final as soon as they are out.
+
+**The commit rule.** Each draft token is written in target tokens at once; only bytes that end inside a UTF-8
+character wait for the rest of it. So a *state* is a handful of pending bytes, nearly always none, and with none
+pending what each draft token emits is a fixed table.
+
+**Why at once.** A proposal is worth as much as its law ``q`` resembles the target's. Waiting for more draft tokens
+makes the proposal depend on its own first pieces, which the verifier must be told, and ``q`` shrinks to a point.
+
+**What the table is for.** The law of an emission's first token is the push-forward of the draft's own law through
+``first``; that of a later token is the same over ``alternatives``: the draft tokens whose emission begins alike and
+goes on.
+
+Deterministic: the same draft tokens always emit the same target tokens. Imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from vllm_tokentiming.pair import VocabularyPair
+
+_UTF8_LENGTH = {**dict.fromkeys(range(0xC2, 0xE0), 2), **dict.fromkeys(range(0xE0, 0xF0), 3), **dict.fromkeys(range(0xF0, 0xF5), 4)}
+
+
+def incomplete_tail(data: bytes) -> int:
+    """How many bytes at the end of ``data`` begin a UTF-8 character that is not complete."""
+    for back in range(1, min(3, len(data)) + 1):
+        byte = data[-back]
+        if byte & 0xC0 != 0x80:
+            return back if _UTF8_LENGTH.get(byte, 1) > back else 0
+    return 0
+
+
+class Transducer:
+    """Writes draft tokens of one pair in target tokens.
+
+    Attributes:
+        draftable: ``[draft size] bool``; what may be drafted.
+        first: ``[draft size] int64``; first target id of each token's emission with nothing pending, -1 for none.
+        count: ``[draft size] int32``; length of that emission.
+    """
+
+    def __init__(self, pair: VocabularyPair, *, one_to_one: bool = False) -> None:
+        """Write down what every draft token emits with nothing pending.
+
+        Args:
+            pair: The vocabularies.
+            one_to_one: Whether only draft tokens that are single target tokens may be drafted (token-level
+                intersection, arXiv 2502.05202).
+        """
+        self._pair = pair
+        self.draftable = pair.draftable.copy()
+        self.first: npt.NDArray[np.int64] = np.full(len(self.draftable), -1, dtype=np.int64)
+        self.count: npt.NDArray[np.int32] = np.zeros(len(self.draftable), dtype=np.int32)
+        self._emissions: list[tuple[int, ...]] = [()] * len(self.draftable)
+        target_bytes, draft_bytes = pair.target.token_bytes, pair.draft.token_bytes
+        for draft_id in np.flatnonzero(self.draftable).tolist():
+            target_ids, pending = self.emit(b"", draft_id)
+            if one_to_one and (
+                pending
+                or len(target_ids) != 1
+                or (draft_bytes[draft_id] != target_bytes[target_ids[0]] and draft_id not in pair.special.to_target)
+            ):
+                self.draftable[draft_id] = False
+                continue
+            self._emissions[draft_id] = tuple(target_ids)
+            self.count[draft_id] = len(target_ids)
+            if target_ids:
+                self.first[draft_id] = target_ids[0]
+        self._longer: dict[tuple[int, ...], tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = {}
+
+    def emit(self, pending: bytes, draft_id: int) -> tuple[list[int], bytes]:
+        """Write one more draft token.
+
+        Args:
+            pending: Bytes drafted but not yet written.
+            draft_id: The token.
+
+        Returns:
+            The target ids that are final now, and the bytes that are pending then.
+        """
+        special = self._pair.special.to_target.get(draft_id)
+        if special is None and not pending and self.count[draft_id]:
+            return list(self._emissions[draft_id]), b""
+        data = pending + self._pair.draft.token_bytes[draft_id]
+        encoder = self._pair.target.encoder
+        if special is not None:
+            return [*encoder.encode(data), special], b""
+        wait = incomplete_tail(data)
+        return encoder.encode(data[: len(data) - wait]), data[len(data) - wait :]
+
+    def alternatives(self, emitted_ids: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The draft tokens that, with nothing pending, emit ``emitted_ids`` and more.
+
+        Args:
+            emitted_ids: At least one target id.
+
+        Returns:
+            ``(draft_ids [n], next_target_ids [n])``: those tokens, and what each emits next.
+        """
+        found = self._longer.get(emitted_ids)
+        if found is None:
+            begin_alike = np.flatnonzero((self.first == emitted_ids[0]) & (self.count > len(emitted_ids)))
+            depth = len(emitted_ids)
+            draft_ids = [i for i in begin_alike.tolist() if self._emissions[i][:depth] == emitted_ids]
+            next_ids = [self._emissions[i][depth] for i in draft_ids]
+            found = self._longer[emitted_ids] = np.array(draft_ids, np.int64), np.array(next_ids, np.int64)
+        return found

@@ -1,0 +1,184 @@
+"""What the draft writes, and what it proposes by it: the strategies, side by side over one engine.
+
+| strategy | greedy request | sampled request | ``q`` |
+|---|---|---|---|
+| ``tokentiming`` | drafts greedily, re-encodes the text | draws from ``Q``, transducer | push-forward of ``Q`` |
+| ``slem`` | the same | drafts greedily, re-encodes the text | one-hot |
+| ``tli`` | drafts greedily in the intersection | draws from ``Q`` in the intersection | ``Q``, renamed |
+
+A sampled request whose proposals vLLM may cut by looking at them (structured output) is drafted as ``slem`` does under
+every strategy but ``tli``, where its proposals are the greedy ones, too: one-hot ``q`` is exact whatever is cut.
+
+**Independence.** Nothing here decides to propose a position by looking at the token that was drawn for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from vllm_tokentiming.draft.sampling import DraftSampling, draw, law, uniforms
+from vllm_tokentiming.pair import VocabularyPair
+from vllm_tokentiming.retokenize import Proxy, retokenize
+from vllm_tokentiming.transducer import Transducer
+from vllm_tokentiming.transfer import CANDIDATES, Transfer
+
+
+@dataclass
+class Draft:
+    """What the draft has written for one request in this step.
+
+    Attributes:
+        index: The request's place in the batch.
+        max_proposals: Most target tokens to propose.
+        sampling: How to draw; ``None`` to draft greedily, with one-hot ``q``.
+        position: Committed target tokens.
+        draft_ids: The drafted tokens.
+        proxy: What they are in target tokens.
+    """
+
+    index: int
+    max_proposals: int
+    sampling: DraftSampling | None
+    position: int
+    draft_ids: list[int] = field(default_factory=list)
+    proxy: Proxy = field(default_factory=lambda: Proxy([]))
+    pending: bytes = b""
+    uniform: list[float] = field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        """Whether more drafting could add no proposal."""
+        return self.proxy.ended or len(self.proxy.target_ids) >= self.max_proposals
+
+
+class Writer:
+    """Turns the draft's logits into drafted tokens, proposals, and their probabilities."""
+
+    def __init__(
+        self,
+        pair: VocabularyPair,
+        strategy: str,
+        *,
+        draft_size: int,
+        target_size: int,
+        num_proposals: int,
+        max_draft_tokens: int,
+        device: torch.device,
+    ) -> None:
+        """Choose a strategy.
+
+        Args:
+            pair: The vocabularies.
+            strategy: Its name.
+            draft_size: Columns of the draft's logits.
+            target_size: Columns of the target's logits.
+            num_proposals: Most target tokens to propose for a request.
+            max_draft_tokens: Most draft tokens written for a request in a step.
+            device: Where the draft's logits are.
+        """
+        self._pair = pair
+        self._transducer = Transducer(pair, one_to_one=strategy == "tli")
+        self._transfer = Transfer(self._transducer, draft_size, target_size, device)
+        self._always_transduce = strategy == "tli"
+        self._draws = strategy != "slem"
+        self._max_draft_tokens = max_draft_tokens
+        self._shape = (num_proposals, target_size)
+        draftable = torch.zeros(draft_size, dtype=torch.bool)
+        known = torch.from_numpy(self._transducer.draftable)[:draft_size]
+        draftable[: len(known)] = known
+        self._never = (~draftable).to(device)
+        self._device = device
+        self.q: torch.Tensor | None = None
+
+    def begin(self, num_requests: int, drafts: Sequence[Draft]) -> None:
+        """Begin a step.
+
+        Args:
+            num_requests: Size of the target's batch.
+            drafts: The requests that will draft.
+
+        Afterwards ``q`` is ``[num_requests, num_proposals, target size] float32`` if any draft draws, else ``None``:
+        proposals are then one-hot.
+        """
+        self.q = None
+        for draft in drafts:
+            if not self._draws:
+                draft.sampling = None
+            elif draft.sampling:
+                draft.uniform = uniforms(draft.sampling.seed, draft.position, self._max_draft_tokens)
+        if any(draft.sampling for draft in drafts):
+            self.q = torch.zeros(num_requests, *self._shape, device=self._device)
+
+    def advance(self, drafts: Sequence[Draft], logits: torch.Tensor) -> None:
+        """Write one draft token for each request.
+
+        Args:
+            drafts: Requests.
+            logits: ``[len(drafts), draft size]``; overwritten.
+        """
+        logits.masked_fill_(self._never, float("-inf"))
+        drawing = [row for row, draft in enumerate(drafts) if draft.sampling]
+        if not drawing:
+            next_ids = logits.argmax(-1)
+        elif len(drawing) == len(drafts):
+            probs, next_ids = self._draw([drafts[row] for row in drawing], logits)
+        else:
+            next_ids = logits.argmax(-1)
+            probs, drawn = self._draw([drafts[row] for row in drawing], logits[drawing])
+            next_ids[drawing] = drawn
+        first_rows: list[tuple[int, int, int]] = []
+        row_of_probs = {row: i for i, row in enumerate(drawing)}
+        for row, (draft, draft_id) in enumerate(zip(drafts, next_ids.tolist(), strict=True)):
+            draft.draft_ids.append(draft_id)
+            if draft.sampling or self._always_transduce:
+                pending, start = draft.pending, len(draft.proxy.target_ids)
+                emitted, draft.pending = self._transducer.emit(pending, draft_id)
+                ended = draft_id in self._pair.special.to_target
+                draft.proxy = Proxy(draft.proxy.target_ids + emitted, ended)
+                if draft.sampling and emitted and start < draft.max_proposals:
+                    source = probs[row_of_probs[row]]
+                    if pending:
+                        self._fill_pending(draft, source, pending, start, emitted)
+                    else:
+                        first_rows.append((row_of_probs[row], draft.index, start))
+                        self._fill_later(draft, source, start, emitted)
+            else:
+                draft.proxy = retokenize(self._pair, draft.draft_ids)
+        if first_rows:
+            assert self.q is not None
+            sources, indices, positions = (list(column) for column in zip(*first_rows, strict=True))
+            self.q[indices, positions] = self._transfer.first_rows(probs[sources])
+
+    def finish(self, drafts: Sequence[Draft]) -> None:
+        """End a step: proposals that were not drawn get all the mass where others have a ``q``."""
+        if self.q is None:
+            return
+        for draft in drafts:
+            if not draft.sampling:
+                for position, target_id in enumerate(draft.proxy.target_ids[: draft.max_proposals]):
+                    self.q[draft.index, position, target_id] = 1
+
+    def _draw(self, drafts: Sequence[Draft], logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        sampling = [draft.sampling for draft in drafts if draft.sampling]
+        probs = law(logits, sampling)
+        for row, draft in enumerate(drafts):
+            if draft.pending:  # What each candidate emits is found out one by one, so there must be few.
+                few = probs[row].topk(min(CANDIDATES, probs.shape[1]))
+                probs[row].zero_()[few.indices] = few.values / few.values.sum()
+        return probs, draw(probs, [draft.uniform[len(draft.draft_ids)] for draft in drafts])
+
+    def _fill_later(self, draft: Draft, probs: torch.Tensor, start: int, emitted: list[int]) -> None:
+        assert self.q is not None
+        for depth in range(1, min(len(emitted), draft.max_proposals - start)):
+            self.q[draft.index, start + depth] = self._transfer.later_row(probs, tuple(emitted[:depth]))
+
+    def _fill_pending(self, draft: Draft, probs: torch.Tensor, pending: bytes, start: int, emitted: list[int]) -> None:
+        assert self.q is not None
+        candidates = probs.nonzero().squeeze(1)
+        mass = dict(zip(candidates.tolist(), probs[candidates].tolist(), strict=True))
+        rows = self._transfer.candidate_rows(mass, pending, emitted[: draft.max_proposals - start])
+        for depth, q in enumerate(rows):
+            self.q[draft.index, start + depth] = q
