@@ -44,6 +44,7 @@ class TokenTimingConfig(BaseModel):
         max_draft_tokens: Most draft tokens written per step; by default twice ``num_speculative_tokens``.
         dtw_window: Sakoe-Chiba half-width of the warping, in tokens.
         strategy: How proposals are made: ``tokentiming``, or, for comparison, ``slem`` or ``tli`` (``writer.py``).
+        alignment_prior: Power of the alignment prior (``prior.py``) in the law of sampled drafts; 0 for none.
         special_tokens: Draft special token for a target special token, both by text; ``null`` drops it.
         unmapped_special_tokens: What the draft reads for other special tokens of the target: their ``text``, or
             nothing (``drop``).
@@ -63,6 +64,7 @@ class TokenTimingConfig(BaseModel):
     max_draft_tokens: int | None = Field(None, ge=1)
     dtw_window: int = Field(8, ge=1)
     strategy: Literal["tokentiming", "slem", "tli"] = "tokentiming"
+    alignment_prior: float = Field(1.0, ge=0)
     special_tokens: dict[str, str | None] = {}
     unmapped_special_tokens: Literal["text", "drop"] = "text"
 

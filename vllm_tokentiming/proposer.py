@@ -9,16 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from vllm_tokentiming import integration
 from vllm_tokentiming.config import METHOD, TokenTimingConfig
+from vllm_tokentiming.prior import AlignmentPrior
 from vllm_tokentiming.vocabularies import load_pair
 
 if TYPE_CHECKING:
+    from vllm_tokentiming.draft.model import DraftModel
     from vllm_tokentiming.drafting import Committed, Drafter
+    from vllm_tokentiming.pair import VocabularyPair
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -78,8 +83,20 @@ class TokenTimingProposer:
             num_proposals=self.num_speculative_tokens,
             max_draft_tokens=max_draft_tokens,
             device=model.device,
+            log_prior=self._log_prior(pair, model),
         )
         self._drafter = Drafter(pair, model, writer, max_draft_tokens)
+
+    def _log_prior(self, pair: VocabularyPair, model: DraftModel) -> npt.NDArray[np.float64] | None:
+        power = self._settings.alignment_prior
+        if self._settings.strategy != "tokentiming" or power == 0:
+            return None
+        from vllm_tokentiming.draft.self_text import write_texts
+
+        prior = AlignmentPrior(pair)
+        for draft_ids in write_texts(model, pair):
+            prior.observe(pair.draft.token_bytes.decode(draft_ids))
+        return power * np.log(prior.weights())
 
     def propose(
         self, sampled_token_ids: list[list[int]], num_tokens_no_spec: Any, token_ids_cpu: Any, **_: Any

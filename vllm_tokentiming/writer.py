@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from vllm_tokentiming.draft.sampling import DraftSampling, draw, law, uniforms
@@ -67,6 +69,7 @@ class Writer:
         num_proposals: int,
         max_draft_tokens: int,
         device: torch.device,
+        log_prior: npt.NDArray[np.float64] | None = None,
     ) -> None:
         """Choose a strategy.
 
@@ -78,8 +81,10 @@ class Writer:
             num_proposals: Most target tokens to propose for a request.
             max_draft_tokens: Most draft tokens written for a request in a step.
             device: Where the draft's logits are.
+            log_prior: ``[draft size]``, the logarithm of the alignment prior, to some power.
         """
         self._pair = pair
+        self._log_prior = None if log_prior is None else torch.from_numpy(log_prior[:draft_size]).float().to(device)
         self._transducer = Transducer(pair, one_to_one=strategy == "tli")
         self._transfer = Transfer(self._transducer, draft_size, target_size, device)
         self._always_transduce = strategy == "tli"
@@ -163,7 +168,7 @@ class Writer:
 
     def _draw(self, drafts: Sequence[Draft], logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         sampling = [draft.sampling for draft in drafts if draft.sampling]
-        probs = law(logits, sampling)
+        probs = law(logits, sampling, self._log_prior)
         for row, draft in enumerate(drafts):
             if draft.pending:  # What each candidate emits is found out one by one, so there must be few.
                 few = probs[row].topk(min(CANDIDATES, probs.shape[1]))

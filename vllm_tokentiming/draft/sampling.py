@@ -50,12 +50,13 @@ def uniforms(seed: int, position: int, number: int) -> list[float]:
     return numbers
 
 
-def law(logits: torch.Tensor, sampling: Sequence[DraftSampling]) -> torch.Tensor:
+def law(logits: torch.Tensor, sampling: Sequence[DraftSampling], log_prior: torch.Tensor | None = None) -> torch.Tensor:
     """Shape logits into laws.
 
     Args:
         logits: ``[n, draft vocabulary]``, with -inf for what must not be drafted; overwritten.
         sampling: One for each row.
+        log_prior: ``[draft vocabulary]``, logarithms of what the laws are multiplied by before they are truncated.
 
     Returns:
         ``[n, draft vocabulary] float32``; each row sums to 1.
@@ -66,6 +67,8 @@ def law(logits: torch.Tensor, sampling: Sequence[DraftSampling]) -> torch.Tensor
         return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
     logits = logits.float().div_(column([s.temperature for s in sampling]).unsqueeze(1))
+    if log_prior is not None:
+        logits += log_prior
     top_k = top_p = None
     if any(0 < s.top_k < vocab for s in sampling):
         top_k = column([s.top_k if 0 < s.top_k < vocab else vocab for s in sampling], torch.int32)
