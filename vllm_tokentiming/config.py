@@ -43,7 +43,9 @@ class TokenTimingConfig(BaseModel):
         enforce_eager: Whether to run the draft without compilation; by default as the target.
         max_draft_tokens: Most draft tokens written per step; by default twice ``num_speculative_tokens``.
         dtw_window: Sakoe-Chiba half-width of the warping, in tokens.
-        strategy: How proposals are made: ``tokentiming``, or, for comparison, ``slem`` or ``tli`` (``writer.py``).
+        strategy: How proposals are made: ``tokentiming``, or, for comparison, ``slem``, ``tli``, or
+            ``tokentiming-paper``, which changes the distribution of sampled output (``writer.py``).
+        allow_inexact: Must be set for ``tokentiming-paper``.
         alignment_prior: Power of the alignment prior (``prior.py``) in the law of sampled drafts; 0 for none.
         special_tokens: Draft special token for a target special token, both by text; ``null`` drops it.
         unmapped_special_tokens: What the draft reads for other special tokens of the target: their ``text``, or
@@ -63,7 +65,8 @@ class TokenTimingConfig(BaseModel):
     enforce_eager: bool | None = None
     max_draft_tokens: int | None = Field(None, ge=1)
     dtw_window: int = Field(8, ge=1)
-    strategy: Literal["tokentiming", "slem", "tli"] = "tokentiming"
+    strategy: Literal["tokentiming", "slem", "tli", "tokentiming-paper"] = "tokentiming"
+    allow_inexact: bool = False
     alignment_prior: float = Field(1.0, ge=0)
     special_tokens: dict[str, str | None] = {}
     unmapped_special_tokens: Literal["text", "drop"] = "text"
@@ -82,9 +85,16 @@ class TokenTimingConfig(BaseModel):
             SettingsError: A key is unknown or missing, or a value cannot work.
         """
         try:
-            return cls.model_validate(dict(settings))
+            config = cls.model_validate(dict(settings))
         except ValidationError as error:
             first = error.errors()[0]
+        else:
+            if config.strategy == "tokentiming-paper" and not config.allow_inexact:
+                raise SettingsError(
+                    'tokentiming: the strategy "tokentiming-paper" changes the distribution of sampled output; use '
+                    '"tokentiming", or set "allow_inexact" to true if you want to compare the two.'
+                )
+            return config
         key = str(first["loc"][0])
         if first["type"] == "extra_forbidden":
             raise SettingsError(f"tokentiming does not know the setting {key!r}{_suggestion(key, list(cls.model_fields))}.")

@@ -86,11 +86,25 @@ class Transfer:
             rows.append(self._row(torch.tensor(next_ids), torch.tensor(masses, dtype=torch.float32)))
         return rows
 
-    def point_row(self, target_id: int, device: torch.device) -> torch.Tensor:
-        """All mass on one token: for proposals that are verified as if they were certain."""
-        row = torch.zeros(self._target_size, device=device)
-        row[target_id] = 1
-        return row
+    def paper_row(self, probs: torch.Tensor, draft_id: int, target_id: int) -> torch.Tensor:
+        """The published transfer (arXiv 2510.15545): **not exact**, for comparison only.
+
+        The aligned draft token's probability goes to the proxy token, the others' to what they would emit alone. The
+        proxy token came out of the whole drafted text, so this is not the law that it was drawn from.
+
+        Args:
+            probs: ``Q``, ``[draft size]``, that the aligned draft token was drawn from.
+            draft_id: That token.
+            target_id: The proxy token.
+
+        Returns:
+            ``[target size] float32``.
+        """
+        q = self.first_rows(probs.index_fill(0, torch.tensor([draft_id], device=probs.device), 0).unsqueeze(0))[0]
+        mass = float(probs[draft_id])
+        q = q.nan_to_num_(0) * (1 - mass)
+        q[target_id] += mass
+        return q
 
     def _row(self, target_ids: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
         q = torch.zeros(self._target_size, dtype=torch.float32, device=mass.device)

@@ -5,6 +5,7 @@
 | ``tokentiming`` | drafts greedily, re-encodes the text | draws from ``Q``, transducer | push-forward of ``Q`` |
 | ``slem`` | the same | drafts greedily, re-encodes the text | one-hot |
 | ``tli`` | drafts greedily in the intersection | draws from ``Q`` in the intersection | ``Q``, renamed |
+| ``tokentiming-paper`` | as ``tokentiming`` | draws from ``Q``, re-encodes the text | **not exact**: the published one |
 
 A sampled request whose proposals vLLM may cut by looking at them (structured output) is drafted as ``slem`` does under
 every strategy but ``tli``, where its proposals are the greedy ones, too: one-hot ``q`` is exact whatever is cut.
@@ -23,7 +24,7 @@ import torch
 
 from vllm_tokentiming.draft.sampling import DraftSampling, draw, law, uniforms
 from vllm_tokentiming.pair import VocabularyPair
-from vllm_tokentiming.retokenize import Proxy, retokenize
+from vllm_tokentiming.retokenize import Proxy, align, retokenize
 from vllm_tokentiming.transducer import Transducer
 from vllm_tokentiming.transfer import CANDIDATES, Transfer
 
@@ -49,6 +50,7 @@ class Draft:
     proxy: Proxy = field(default_factory=lambda: Proxy([]))
     pending: bytes = b""
     uniform: list[float] = field(default_factory=list)
+    laws: list[torch.Tensor] = field(default_factory=list)  # `Q` of each drafted token; the published transfer only
 
     @property
     def done(self) -> bool:
@@ -88,6 +90,7 @@ class Writer:
         self._transducer = Transducer(pair, one_to_one=strategy == "tli")
         self._transfer = Transfer(self._transducer, draft_size, target_size, device)
         self._always_transduce = strategy == "tli"
+        self._published = strategy == "tokentiming-paper"
         self._draws = strategy != "slem"
         self._max_draft_tokens = max_draft_tokens
         self._shape = (num_proposals, target_size)
@@ -138,7 +141,10 @@ class Writer:
         row_of_probs = {row: i for i, row in enumerate(drawing)}
         for row, (draft, draft_id) in enumerate(zip(drafts, next_ids.tolist(), strict=True)):
             draft.draft_ids.append(draft_id)
-            if draft.sampling or self._always_transduce:
+            if self._published and draft.sampling:
+                draft.laws.append(probs[row_of_probs[row]])
+                draft.proxy = retokenize(self._pair, draft.draft_ids)
+            elif draft.sampling or self._always_transduce:
                 pending, start = draft.pending, len(draft.proxy.target_ids)
                 emitted, draft.pending = self._transducer.emit(pending, draft_id)
                 ended = draft_id in self._pair.special.to_target
@@ -162,7 +168,9 @@ class Writer:
         if self.q is None:
             return
         for draft in drafts:
-            if not draft.sampling:
+            if draft.laws:
+                self._fill_published(draft)
+            elif not draft.sampling:
                 for position, target_id in enumerate(draft.proxy.target_ids[: draft.max_proposals]):
                     self.q[draft.index, position, target_id] = 1
 
@@ -174,6 +182,15 @@ class Writer:
                 few = probs[row].topk(min(CANDIDATES, probs.shape[1]))
                 probs[row].zero_()[few.indices] = few.values / few.values.sum()
         return probs, draw(probs, [draft.uniform[len(draft.draft_ids)] for draft in drafts])
+
+    def _fill_published(self, draft: Draft) -> None:
+        assert self.q is not None
+        for draft_start, draft_end, target_start, target_end in align(self._pair, draft.draft_ids, draft.proxy).tolist():
+            for position in range(target_start, min(target_end, draft.max_proposals)):
+                aligned = min(draft_start + position - target_start, draft_end - 1)
+                self.q[draft.index, position] = self._transfer.paper_row(
+                    draft.laws[aligned], draft.draft_ids[aligned], draft.proxy.target_ids[position]
+                )
 
     def _fill_later(self, draft: Draft, probs: torch.Tensor, start: int, emitted: list[int]) -> None:
         assert self.q is not None
