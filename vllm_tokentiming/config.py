@@ -47,12 +47,14 @@ class TokenTimingConfig(BaseModel):
             ``tokentiming-paper``, which changes the distribution of sampled output (``writer.py``).
         allow_inexact: Must be set for ``tokentiming-paper``.
         alignment_prior: Power of the alignment prior (``prior.py``) in the law of sampled drafts; 0 for none.
+        q_memory_gib: Most memory for proposal probabilities, in GiB; a step with more requests than fit is verified as
+            one-hot (a request takes ``num_speculative_tokens`` times the target's vocabulary times 4 bytes).
         special_tokens: Draft special token for a target special token, both by text; ``null`` drops it.
         unmapped_special_tokens: What the draft reads for other special tokens of the target: their ``text``, or
             nothing (``drop``).
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
     model: str = Field(min_length=1)
     revision: str | None = None
@@ -68,6 +70,7 @@ class TokenTimingConfig(BaseModel):
     strategy: Literal["tokentiming", "slem", "tli", "tokentiming-paper"] = "tokentiming"
     allow_inexact: bool = False
     alignment_prior: float = Field(1.0, ge=0)
+    q_memory_gib: float = Field(1.0, ge=0)
     special_tokens: dict[str, str | None] = {}
     unmapped_special_tokens: Literal["text", "drop"] = "text"
 
@@ -84,8 +87,9 @@ class TokenTimingConfig(BaseModel):
         Raises:
             SettingsError: A key is unknown or missing, or a value cannot work.
         """
+        settings = {str(key): value for key, value in settings.items()}
         try:
-            config = cls.model_validate(dict(settings))
+            config = cls.model_validate(settings)
         except ValidationError as error:
             first = error.errors()[0]
         else:
@@ -131,7 +135,8 @@ def split_speculative_config(speculative: Mapping[str, Any]) -> tuple[dict[str, 
             vllm_part[key] = value
         elif key != "method":
             ours[key] = value
-    if not isinstance(vllm_part.get("num_speculative_tokens"), int) or vllm_part["num_speculative_tokens"] < 1:
+    num_tokens = vllm_part.get("num_speculative_tokens")
+    if not isinstance(num_tokens, int) or isinstance(num_tokens, bool) or num_tokens < 1:
         raise SettingsError(
             'tokentiming needs "num_speculative_tokens" in the speculative configuration; 4 to 8 is a good choice.'
         )

@@ -14,7 +14,7 @@ this step; it loses speed and nothing else.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -53,12 +53,14 @@ class Proposals:
 
     Attributes:
         target_ids: Per request, up to ``max_proposals`` target ids.
-        q: ``[requests, num_speculative_tokens, target vocabulary] float32``, the law that each was drawn from; ``None``
-            if all are to be verified as one-hot.
+        q: ``[len(q_request_ids), num_speculative_tokens, target vocabulary] float32``, the law that each was drawn
+            from; ``None`` if all are to be verified as one-hot.
+        q_request_ids: The requests that ``q`` has rows for: all that have proposals.
     """
 
     target_ids: list[list[int]]
     q: torch.Tensor | None = None
+    q_request_ids: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -122,13 +124,13 @@ class Drafter:
         target_ids: list[list[int]] = [[] for _ in batch]
         if not drafts:
             return Proposals(target_ids)
-        self._writer.begin(len(batch), drafts)
+        self._writer.begin(drafts)
         self._draft(drafts, requests, torch.stack([logits_of[id(requests[draft.index])] for draft in drafts]))
         self._writer.finish(drafts)
         for draft in drafts:
             requests[draft.index].drafted = Drafted(draft.draft_ids, draft.proxy)
             target_ids[draft.index] = draft.proxy.target_ids[: draft.max_proposals]
-        return Proposals(target_ids, self._writer.q)
+        return Proposals(target_ids, self._writer.q, [batch[draft.index].request_id for draft in drafts])
 
     def _follow(self, committed: Committed) -> _Request:
         """Take in what the target committed since the last step."""

@@ -67,8 +67,8 @@ def install() -> None:
         self.drafter.batch = _take_over(self, scheduler_output, sampled_token_ids)
         proposed = propose(self, scheduler_output, sampled_token_ids, sampling_metadata, *args, **kwargs)
         # The rejection sampler reads these two in the next step, whoever set them; without them, one-hot.
-        self._draft_probs = self.drafter.q
-        self._draft_prob_req_ids = None if self.drafter.q is None else self.input_batch.req_ids.copy()
+        self._draft_probs = self.drafter.proposals.q
+        self._draft_prob_req_ids = self.drafter.proposals.q_request_ids
         return proposed
 
     @functools.wraps(input_fits)

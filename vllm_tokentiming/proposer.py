@@ -1,22 +1,23 @@
 """The proposer that vLLM loads in every worker: settings and vLLM's batch in, target tokens out.
 
-A fault of ours costs the step its proposals, never a request: it is logged once per kind, all draft state is thrown
+A fault of ours costs the step its proposals, never a request: it is logged once per place, all draft state is thrown
 away, and the next step starts afresh.
 """
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from vllm_tokentiming import integration
-from vllm_tokentiming.config import METHOD, TokenTimingConfig
+from vllm_tokentiming.config import TokenTimingConfig
+from vllm_tokentiming.drafting import Proposals
 from vllm_tokentiming.prior import AlignmentPrior
 from vllm_tokentiming.vocabularies import load_pair
 
@@ -45,7 +46,7 @@ class TokenTimingProposer:
         self.num_speculative_tokens: int = vllm_config.speculative_config.num_speculative_tokens
         # Set by the integration before each call of `propose`.
         self.batch: list[Committed] = []
-        self.q: torch.Tensor | None = None  # Taken by the integration after each call.
+        self.proposals = Proposals([])  # Taken by the integration after each call.
         self.owners: dict[str, Any] = {}  # vLLM's state object of each request, which tells a reused id apart.
         self._drafter: Drafter | None = None
         self._faults: set[str] = set()
@@ -83,6 +84,7 @@ class TokenTimingProposer:
             num_proposals=self.num_speculative_tokens,
             max_draft_tokens=max_draft_tokens,
             device=model.device,
+            max_q_bytes=int(self._settings.q_memory_gib * (1 << 30)),
             log_prior=self._log_prior(pair, model),
         )
         self._drafter = Drafter(pair, model, writer, max_draft_tokens)
@@ -113,20 +115,19 @@ class TokenTimingProposer:
             Per request, up to ``num_speculative_tokens`` target ids.
         """
         assert self._drafter is not None
-        self.q = None
+        self.proposals = Proposals([[] for _ in sampled_token_ids])
         if len(self.batch) != len(sampled_token_ids):  # A warm-up run of vLLM's.
-            return [[] for _ in sampled_token_ids]
+            return self.proposals.target_ids
         try:
-            proposals = self._drafter.propose(self.batch)
-            self.q = proposals.q
-            return proposals.target_ids
+            self.proposals = self._drafter.propose(self.batch)
         except Exception as error:
             self._drafter.release_all()
-            kind = f"{METHOD}: {type(error).__name__}: {error}"
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            kind = f"{type(error).__name__} in {where.filename}, line {where.lineno}"
             if kind not in self._faults:
                 self._faults.add(kind)
                 logger.exception("TokenTiming failed to draft; these requests go on without proposals in this step.")
-            return [[] for _ in sampled_token_ids]
+        return self.proposals.target_ids
 
     def release(self, request_ids: Iterable[str]) -> None:
         """Forget requests that finished, were aborted or preempted."""

@@ -38,6 +38,7 @@ class Draft:
         max_proposals: Most target tokens to propose.
         sampling: How to draw; ``None`` to draft greedily, with one-hot ``q``.
         position: Committed target tokens.
+        row: Its row in ``Writer.q``.
         draft_ids: The drafted tokens.
         proxy: What they are in target tokens.
     """
@@ -46,6 +47,7 @@ class Draft:
     max_proposals: int
     sampling: DraftSampling | None
     position: int
+    row: int = -1
     draft_ids: list[int] = field(default_factory=list)
     proxy: Proxy = field(default_factory=lambda: Proxy([]))
     pending: bytes = b""
@@ -71,6 +73,7 @@ class Writer:
         num_proposals: int,
         max_draft_tokens: int,
         device: torch.device,
+        max_q_bytes: int,
         log_prior: npt.NDArray[np.float64] | None = None,
     ) -> None:
         """Choose a strategy.
@@ -83,6 +86,7 @@ class Writer:
             num_proposals: Most target tokens to propose for a request.
             max_draft_tokens: Most draft tokens written for a request in a step.
             device: Where the draft's logits are.
+            max_q_bytes: Most memory for ``q``.
             log_prior: ``[draft size]``, the logarithm of the alignment prior, to some power.
         """
         self._pair = pair
@@ -94,6 +98,7 @@ class Writer:
         self._draws = strategy != "slem"
         self._max_draft_tokens = max_draft_tokens
         self._shape = (num_proposals, target_size)
+        self._max_rows = max_q_bytes // (4 * num_proposals * target_size)
         draftable = torch.zeros(draft_size, dtype=torch.bool)
         known = torch.from_numpy(self._transducer.draftable)[:draft_size]
         draftable[: len(known)] = known
@@ -101,24 +106,25 @@ class Writer:
         self._device = device
         self.q: torch.Tensor | None = None
 
-    def begin(self, num_requests: int, drafts: Sequence[Draft]) -> None:
+    def begin(self, drafts: Sequence[Draft]) -> None:
         """Begin a step.
 
         Args:
-            num_requests: Size of the target's batch.
             drafts: The requests that will draft.
 
-        Afterwards ``q`` is ``[num_requests, num_proposals, target size] float32`` if any draft draws, else ``None``:
-        proposals are then one-hot.
+        Afterwards ``q`` is ``[len(drafts), num_proposals, target size] float32`` if any draft draws, else ``None``:
+        proposals are then one-hot. They also are in a step whose ``q`` would be larger than the user allows.
         """
         self.q = None
-        for draft in drafts:
-            if not self._draws:
+        fits = len(drafts) <= self._max_rows
+        for row, draft in enumerate(drafts):
+            draft.row = row
+            if not (self._draws and fits):
                 draft.sampling = None
             elif draft.sampling:
                 draft.uniform = uniforms(draft.sampling.seed, draft.position, self._max_draft_tokens)
         if any(draft.sampling for draft in drafts):
-            self.q = torch.zeros(num_requests, *self._shape, device=self._device)
+            self.q = torch.zeros(len(drafts), *self._shape, device=self._device)
 
     def advance(self, drafts: Sequence[Draft], logits: torch.Tensor) -> None:
         """Write one draft token for each request.
@@ -137,7 +143,7 @@ class Writer:
             next_ids = logits.argmax(-1)
             probs, drawn = self._draw([drafts[row] for row in drawing], logits[drawing])
             next_ids[drawing] = drawn
-        first_rows: list[tuple[int, int, int]] = []
+        first_rows: list[tuple[int, int, int]] = []  # Rows of `probs` and `q`, and the position.
         row_of_probs = {row: i for i, row in enumerate(drawing)}
         for row, (draft, draft_id) in enumerate(zip(drafts, next_ids.tolist(), strict=True)):
             draft.draft_ids.append(draft_id)
@@ -154,14 +160,14 @@ class Writer:
                     if pending:
                         self._fill_pending(draft, source, pending, start, emitted)
                     else:
-                        first_rows.append((row_of_probs[row], draft.index, start))
+                        first_rows.append((row_of_probs[row], draft.row, start))
                         self._fill_later(draft, source, start, emitted)
             else:
                 draft.proxy = retokenize(self._pair, draft.draft_ids)
         if first_rows:
             assert self.q is not None
-            sources, indices, positions = (list(column) for column in zip(*first_rows, strict=True))
-            self.q[indices, positions] = self._transfer.first_rows(probs[sources])
+            sources, rows, positions = (list(column) for column in zip(*first_rows, strict=True))
+            self.q[rows, positions] = self._transfer.first_rows(probs[sources])
 
     def finish(self, drafts: Sequence[Draft]) -> None:
         """End a step: proposals that were not drawn get all the mass where others have a ``q``."""
@@ -172,7 +178,7 @@ class Writer:
                 self._fill_published(draft)
             elif not draft.sampling:
                 for position, target_id in enumerate(draft.proxy.target_ids[: draft.max_proposals]):
-                    self.q[draft.index, position, target_id] = 1
+                    self.q[draft.row, position, target_id] = 1
 
     def _draw(self, drafts: Sequence[Draft], logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         sampling = [draft.sampling for draft in drafts if draft.sampling]
@@ -188,14 +194,14 @@ class Writer:
         for draft_start, draft_end, target_start, target_end in align(self._pair, draft.draft_ids, draft.proxy).tolist():
             for position in range(target_start, min(target_end, draft.max_proposals)):
                 aligned = min(draft_start + position - target_start, draft_end - 1)
-                self.q[draft.index, position] = self._transfer.paper_row(
+                self.q[draft.row, position] = self._transfer.paper_row(
                     draft.laws[aligned], draft.draft_ids[aligned], draft.proxy.target_ids[position]
                 )
 
     def _fill_later(self, draft: Draft, probs: torch.Tensor, start: int, emitted: list[int]) -> None:
         assert self.q is not None
         for depth in range(1, min(len(emitted), draft.max_proposals - start)):
-            self.q[draft.index, start + depth] = self._transfer.later_row(probs, tuple(emitted[:depth]))
+            self.q[draft.row, start + depth] = self._transfer.later_row(probs, tuple(emitted[:depth]))
 
     def _fill_pending(self, draft: Draft, probs: torch.Tensor, pending: bytes, start: int, emitted: list[int]) -> None:
         assert self.q is not None
@@ -203,4 +209,4 @@ class Writer:
         mass = dict(zip(candidates.tolist(), probs[candidates].tolist(), strict=True))
         rows = self._transfer.candidate_rows(mass, pending, emitted[: draft.max_proposals - start])
         for depth, q in enumerate(rows):
-            self.q[draft.index, start + depth] = q
+            self.q[draft.row, start + depth] = q

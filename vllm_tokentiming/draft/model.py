@@ -103,6 +103,16 @@ class DraftModel:
         # The host buffers are written again in the next pass; on an accelerator they must have been read by then.
         self._uploaded = None if self.device.type == "cpu" else torch.Event(self.device.type)
 
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Run one token, so that whatever is compiled is compiled when the engine starts."""
+        row = self.pool.open_row()
+        assert row is not None
+        self.pool.grow(row, 1)
+        self.forward([Span(row, 0, [0])])
+        self.pool.close_row(row)
+
     def _buffer(self, size: int, dtype: torch.dtype) -> CpuGpuBuffer:
         buffer = CpuGpuBuffer(size, dtype=dtype, device=self.device)
         if self.device.type == "cpu":
