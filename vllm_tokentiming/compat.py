@@ -93,6 +93,13 @@ def check_vllm() -> None:
         )
 
 
+def verifier_takes_q() -> bool:
+    """Whether the model runner hands ``_draft_probs`` to the rejection sampler, whoever set them."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    return hasattr(GPUModelRunner, "_get_spec_decode_draft_probs")
+
+
 def repair_cpu_rejection_sampler() -> None:
     """Give each proposed token the temperature, top-k and top-p of its request, on CPUs.
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
-from vllm_tokentiming import integration
+from vllm_tokentiming import compat, integration
 from vllm_tokentiming.config import TokenTimingConfig
 from vllm_tokentiming.drafting import Proposals
 from vllm_tokentiming.prior import AlignmentPrior
@@ -76,6 +76,13 @@ class TokenTimingProposer:
             "byte-exact" if pair.exact else "lossy, warped", integration.describe_special_tokens(pair),
         )  # fmt: skip
         target_size = self._vllm_config.model_config.get_vocab_size()
+        max_q_bytes = int(self._settings.q_memory_gib * (1 << 30))
+        if not compat.verifier_takes_q():
+            logger.warning(
+                "TokenTiming: this vLLM takes no proposal probabilities from a plugin, so sampled requests are verified "
+                "as one-hot: exact as well, but fewer of their proposals will be accepted."
+            )
+            max_q_bytes = 0
         writer = Writer(
             pair,
             self._settings.strategy,
@@ -84,7 +91,7 @@ class TokenTimingProposer:
             num_proposals=self.num_speculative_tokens,
             max_draft_tokens=max_draft_tokens,
             device=model.device,
-            max_q_bytes=int(self._settings.q_memory_gib * (1 << 30)),
+            max_q_bytes=max_q_bytes,
             log_prior=self._log_prior(pair, model),
         )
         self._drafter = Drafter(pair, model, writer, max_draft_tokens)

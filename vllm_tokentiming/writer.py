@@ -86,7 +86,7 @@ class Writer:
             num_proposals: Most target tokens to propose for a request.
             max_draft_tokens: Most draft tokens written for a request in a step.
             device: Where the draft's logits are.
-            max_q_bytes: Most memory for ``q``.
+            max_q_bytes: Most memory for ``q``; 0 to draft greedily for all, with one-hot ``q``.
             log_prior: ``[draft size]``, the logarithm of the alignment prior, to some power.
         """
         self._pair = pair

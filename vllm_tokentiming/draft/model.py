@@ -101,7 +101,7 @@ class DraftModel:
         self._seq_lens = self._buffer(num_rows, torch.int32)
         self._block_table = self._buffer(self.pool.tables.size, torch.int32)
         # The host buffers are written again in the next pass; on an accelerator they must have been read by then.
-        self._uploaded = None if self.device.type == "cpu" else torch.Event(self.device.type)
+        self._uploaded: torch.Event | None = None
 
         self._warm_up()
 
@@ -207,7 +207,8 @@ class DraftModel:
             kv_cache_config=self._kv_config,
         )
         input_ids, device_positions = self._upload(self._input_ids, num_tokens), self._upload(self._positions, num_tokens)
-        if self._uploaded is not None:
+        if self.device.type != "cpu":
+            self._uploaded = self._uploaded or torch.Event(self.device.type)
             self._uploaded.record()
         slots_by_layer = build_slot_mappings_by_layer(slots.unsqueeze(0), self._kv_config)
         with set_forward_context(metadata, self._config, num_tokens=num_tokens, slot_mapping=slots_by_layer):
