@@ -35,6 +35,7 @@ from vllm_tokentiming.token_bytes import METASPACE, TokenBytes, VocabularyKind, 
 # for a character whose bytes are not complete yet.
 _MARGIN = 3
 _MAX_TAIL = 1024
+_OPEN_AFTER_FORCE = 16  # Bytes that stay open where a tail was cut all the same.
 _MAX_CACHED_PIECES = 1 << 18
 _WORDS = re.compile(r"\s*\S+|\s+")
 
@@ -105,6 +106,7 @@ class Encoder:
         self._cache: dict[str | bytes, list[int]] = {}
         self._added = _added_text(tokenizer, token_bytes)
         self._pre_tokenizer = _middle_of_text(tokenizer.pre_tokenizer)
+        self._normalized_to_bytes = '"type": "ByteLevel"' in json.dumps(component(tokenizer.normalizer))
         self._side_by_side: set[str] | None = None
         if token_bytes.kind is VocabularyKind.METASPACE:
             self._side_by_side = _side_by_side(tokenizer)
@@ -130,26 +132,28 @@ class Encoder:
         Returns:
             The ids, and the last point from which encoding may go on once more bytes are there.
         """
-        pieces = list(self._pieces(data))
         ids: list[int] = []
-        settled_ids = settled_bytes = 0
         num_bytes = 0
-        last_settled = len(pieces) - _MARGIN
-        last_byte = len(data) - self._added.reach
-        for index, (piece, length) in enumerate(pieces):
-            if index <= last_settled and num_bytes <= last_byte:
-                settled_ids, settled_bytes = len(ids), num_bytes
+        bounds = [(0, 0)]  # Ids and bytes before each cut that no added text can reach any more.
+        for piece, length in self._pieces(data):
             ids += self._ids_of(piece)
             num_bytes += length
+            if num_bytes <= len(data) - self._added.reach:
+                bounds.append((len(ids), num_bytes))
+        settled_ids, settled_bytes = bounds[max(0, len(bounds) - 1 - _MARGIN)]
         if len(data) - settled_bytes > _MAX_TAIL:
             settled_ids, settled_bytes = self._cut_by_force(ids, len(data))
         return Encoded(ids, settled_ids, settled_bytes)
 
     def _cut_by_force(self, ids: list[int], num_bytes: int) -> tuple[int, int]:
-        keep = len(ids)
-        while keep and num_bytes - 16 < (num_bytes := num_bytes - len(self.token_bytes[ids[keep - 1]])):
+        lengths = self.token_bytes.lengths[ids]
+        if lengths.sum() != num_bytes:  # Bytes were left out, so the ids do not tell which they stand for.
+            return len(ids), num_bytes
+        keep, open_bytes = len(ids), 0
+        while keep and open_bytes < _OPEN_AFTER_FORCE:
             keep -= 1
-        return keep, num_bytes
+            open_bytes += int(lengths[keep])
+        return keep, num_bytes - open_bytes
 
     def _ids_of(self, piece: str | bytes) -> list[int]:
         ids = self._cache.get(piece)
@@ -167,6 +171,10 @@ class Encoder:
         ids = [token.id for token in self._model.tokenize(piece)]
         if not self.token_bytes.special.keys().isdisjoint(ids):  # `unk`
             ids = [i for i in ids if i not in self.token_bytes.special]
+        if self.exact and self.token_bytes.kind is VocabularyKind.METASPACE:
+            data = piece.replace(METASPACE, " ").encode()
+            if self.token_bytes.decode(ids) != data:  # The text `<0x41>`, which some models take for a byte.
+                return self._encode_piece(data)
         return ids
 
     def _pieces(self, data: bytes) -> Iterator[tuple[str | bytes, int]]:
@@ -191,7 +199,7 @@ class Encoder:
 
     def _text_pieces(self, text: str) -> Iterator[tuple[str | bytes, int]]:
         if self.token_bytes.kind is VocabularyKind.BYTE_LEVEL:
-            for piece, _ in self._pre_tokenizer.pre_tokenize_str(text):
+            for piece in self._cut(_in_alphabet(text.encode()) if self._normalized_to_bytes else text):
                 yield piece, len(piece)
         elif self.token_bytes.kind is VocabularyKind.METASPACE:
             # A literal mark would be read as a space, so it is spelled in bytes.
@@ -233,7 +241,7 @@ class LossyEncoder(Encoder):
         self._normalizer = _without_prefix(tokenizer.normalizer)
 
     def _cut_by_force(self, ids: list[int], num_bytes: int) -> tuple[int, int]:
-        return len(ids), num_bytes  # The ids do not tell which bytes they stand for.
+        return len(ids), num_bytes
 
     def _pieces(self, data: bytes) -> Iterator[tuple[str | bytes, int]]:
         for text, raw in _valid_runs(data):
@@ -245,7 +253,8 @@ class LossyEncoder(Encoder):
     def _encode_piece(self, piece: str | bytes) -> list[int]:
         if isinstance(piece, bytes):
             return super()._encode_piece(piece)
-        word = piece.strip()
+        marks_words = self.token_bytes.kind in (VocabularyKind.METASPACE, VocabularyKind.WORDPIECE)
+        word = piece.strip() if marks_words else piece
         if self._normalizer is not None:
             word = self._normalizer.normalize_str(word)
         if not word:

@@ -36,6 +36,8 @@ _ROLE_OF_TEXT = {
     }.items()
     for text in texts.split()
 }
+# What a tokenizer writes for text that it does not know: it means nothing, so it never crosses by itself.
+_UNKNOWN = frozenset({"<unk>", "[UNK]", "<UNK>"})
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class SpecialMap:
         to_draft: Draft id for each target special id that has a counterpart.
         to_target: Target id for each draft special id that may be proposed.
         unmapped: What the draft's context gets for the others: their text, or nothing.
-        dropped: Target ids that the user told to drop.
+        dropped: Target ids that are dropped all the same.
     """
 
     to_draft: Mapping[int, int]
@@ -111,9 +113,12 @@ class SpecialMap:
         Raises:
             ValueError: An override names a token that is not a special token of its vocabulary.
         """
-        to_draft = {target.by_text[t]: draft.by_text[t] for t in target.by_text.keys() & draft.by_text.keys()}
+        common = (target.by_text.keys() & draft.by_text.keys()) - _UNKNOWN
+        to_draft = {target.by_text[text]: draft.by_text[text] for text in common}
         to_draft.update({i: draft.by_role[role] for role, i in target.by_role.items() if role in draft.by_role})
-        dropped = set()
+        # A draft that begins no text with a token of its own has nothing to read there.
+        begin = target.by_role.get(Role.BEGIN)
+        dropped = {begin} if begin is not None and begin not in to_draft else set()
         for target_text, draft_text in overrides.items():
             if target_text not in target.by_text:
                 raise ValueError(f"special_tokens: {target_text!r} is not a special token of the target")
@@ -132,5 +137,6 @@ class SpecialMap:
         for role in (Role.END, Role.END_OF_TURN):
             if (draft_id := draft.by_role.get(role)) is not None and ends:
                 to_target[draft_id] = target.by_role.get(role, ends[0])
-        to_target.pop(draft.by_role.get(Role.BEGIN, -1), None)
+        never = {draft.by_role.get(Role.BEGIN), *(draft.by_text.get(text) for text in _UNKNOWN)}
+        to_target = {i: target_id for i, target_id in to_target.items() if i not in never}
         return cls(to_draft, to_target, unmapped, frozenset(dropped))

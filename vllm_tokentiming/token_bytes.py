@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from functools import cache
 from typing import Any
@@ -84,9 +84,10 @@ class TokenBytes:
                 self.pieces[token_id] = piece
         self.lengths: npt.NDArray[np.int32] = np.array([len(piece or b"") for piece in self.pieces], dtype=np.int32)
         digest = hashlib.sha256()
-        for token_id, piece in enumerate(self.pieces):
-            text = self.special.get(token_id, "") if piece is None else piece.hex()
-            digest.update(f"{int(piece is None)}{text}\n".encode())
+        for token_id, own in enumerate(self.pieces):
+            text = self.special.get(token_id)
+            meaning = "nothing" if own is None else own.hex()
+            digest.update(f"{meaning if text is None else repr(text)}\n".encode())
         self.fingerprint = digest.hexdigest()
 
     @classmethod
@@ -103,7 +104,7 @@ class TokenBytes:
         kind = kind_of(tokenizer)
         added = tokenizer.get_added_tokens_decoder()
         special = {i: token.content for i, token in added.items() if token.special}
-        unknown = getattr(tokenizer.model, "unk_token", None)
+        unknown = _unknown_token(tokenizer.model)
         if unknown is not None and (unknown_id := tokenizer.token_to_id(unknown)) is not None:
             special[unknown_id] = unknown
         spell = _SPELLING[kind]
@@ -177,7 +178,7 @@ def _spell_wordpiece(token: str, prefix: str) -> bytes:
     return token.removeprefix(prefix).encode() if token.startswith(prefix) else b" " + token.encode()
 
 
-_SPELLING = {
+_SPELLING: dict[VocabularyKind, Callable[[str, str], bytes]] = {
     VocabularyKind.BYTE_LEVEL: _spell_byte_level,
     VocabularyKind.METASPACE: _spell_metaspace,
     VocabularyKind.WORDPIECE: _spell_wordpiece,
@@ -188,6 +189,14 @@ _SPELLING = {
 def component(part: Any) -> Any:
     """The JSON description of one component of a ``tokenizers.Tokenizer`` (``None`` if it is absent)."""
     return None if part is None else json.loads(part.__getstate__())
+
+
+def _unknown_token(model: Any) -> str | None:
+    """The token that a model writes for what it does not know."""
+    if type(model).__name__ == "Unigram":  # It keeps an id, and tells it in its description only.
+        unknown_id = component(model)["unk_id"]
+        return None if unknown_id is None else model.id_to_token(unknown_id)
+    return getattr(model, "unk_token", None)
 
 
 def kind_of(tokenizer: Any) -> VocabularyKind:

@@ -1,0 +1,139 @@
+"""Vocabularies and texts for the tests; what is not in the repository is found through `TOKENTIMING_DATA`.
+
+That variable names a folder with `tokenizers/NAME/tokenizer.json`, `multilingual/`, `prompts/` and
+`corpus/`. A test that needs something from there is skipped where it is absent; the embedded pair of
+`examples/models` always runs.
+"""
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from vllm_tokentiming.pair import Vocabulary, VocabularyPair
+
+MODELS = Path(__file__).resolve().parent.parent / "examples" / "models"
+EMBEDDED = ("embedded_target", "embedded_draft")
+EXACT = (*EMBEDDED, "gpt2", "gpt_neox_20b", "llama2", "llama3", "qwen2.5", "mistral_tekken")
+LOSSY = ("t5_small", "bert")
+
+
+def shared_data() -> Path | None:
+    """The folder of shared data, or `None` where there is none."""
+    folder = Path(os.environ.get("TOKENTIMING_DATA") or "/nonexistent")
+    return folder if folder.is_dir() else None
+
+
+def need(*parts: str) -> Path:
+    """A path in the shared data; skips the test where it is absent."""
+    folder = shared_data()
+    if folder is None:
+        pytest.skip("TOKENTIMING_DATA names no folder with shared data")
+    path = folder.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"the shared data has no {'/'.join(parts)}")
+    return path
+
+
+def cases(names):
+    """Parameters of a test, each a tokenizer's name or several; skipped where the shared data is absent."""
+    absent = pytest.mark.skip(reason="TOKENTIMING_DATA names no folder with shared data")
+    needed = {case: {case} if isinstance(case, str) else set(case) for case in names}
+    present = {case for case in names if shared_data() or needed[case] <= set(EMBEDDED)}
+    return [pytest.param(case, marks=() if case in present else absent) for case in names]
+
+
+@cache
+def load_tokenizer(name: str) -> Tokenizer:
+    """A tokenizer by its name in `EXACT` or `LOSSY`; do not change it."""
+    if name in EMBEDDED:
+        path = MODELS / name.removeprefix("embedded_") / "tokenizer.json"
+    else:
+        path = need("tokenizers", name, "tokenizer.json")
+    return Tokenizer.from_file(str(path))
+
+
+@cache
+def _without_special_text(name: str) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(load_tokenizer(name).to_str())
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def own_ids(name: str, text: str) -> list[int]:
+    """What a tokenizer itself makes of a text from its beginning, in which nothing is special."""
+    return _without_special_text(name).encode(text, add_special_tokens=False).ids
+
+
+@cache
+def load_vocabulary(name: str) -> Vocabulary:
+    """The vocabulary of `load_tokenizer(name)`."""
+    return Vocabulary.of(load_tokenizer(name))
+
+
+@cache
+def load_pair(target: str, draft: str) -> VocabularyPair:
+    """Two vocabularies by their names."""
+    return VocabularyPair.of(load_vocabulary(target), load_vocabulary(draft))
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The pair of small models in the repository: the folder of each, and the pair of their vocabularies."""
+
+    target: Path
+    draft: Path
+    pair: VocabularyPair
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Embedded:
+    return Embedded(MODELS / "target", MODELS / "draft", load_pair(*EMBEDDED))
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of shared data; skips where it is absent."""
+    return need()
+
+
+@pytest.fixture(scope="session")
+def languages() -> dict[str, str]:
+    """A text in each of the files of the shared data, by the file's name; skips where they are absent."""
+    files = sorted(need("multilingual").rglob("*.txt"))
+    return {path.stem + " of " + path.parent.name: path.read_text(encoding="utf-8") for path in files}
+
+
+# Text that has broken tokenizers before: combining marks, right to left, joined emoji, the mark that
+# SentencePiece writes for a space, what looks like special tokens, and long runs of one thing.
+fragments = st.sampled_from(
+    [
+        *(
+            "a",
+            "B",
+            " ",
+            "  ",
+            "\n",
+            "\r\n",
+            "\t",
+            "1",
+            "2024",
+            "'ll",
+            ".",
+            "don't ",
+            " the",
+            "def f(x):\n  ",
+        ),
+        *("e\u0301", "é", "\u0308", "ﬁ", "Ａ", "İ", "שָׁלוֹם ", "مرحبا ", "\u202eabc", "हिन्दी", "ไทย", "한국어"),
+        *("日本語", "。", "🙂", "👩‍👩‍👧‍👦", "🏳️‍🌈", "🇫🇷", "\U0001d518", "\x00", "\x7f", "\ufeff", "\u200b"),
+        *("\u00a0", "\uffff", "▁", "▁▁", "Ġ", "<s>", "</s>", "<unk>", "[UNK]", "<0x41>"),
+        *("<|endoftext|>", "<|im_start|>", "<|eot_id|>", "<tool_call>", "<tool_ca"),
+        *(" " * 30, "\n" * 9, "x" * 40, "=" * 33),
+    ]
+)
+texts = st.lists(fragments | st.text(max_size=4), max_size=12).map("".join)
+data_bytes = st.lists(st.binary(max_size=6) | texts.map(str.encode), max_size=4).map(b"".join)

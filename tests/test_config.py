@@ -1,0 +1,216 @@
+"""Settings are read as they are meant; what cannot work is refused in a sentence that says what to change."""
+
+import json
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from vllm_tokentiming.config import PROPOSER, SettingsError, TokenTimingConfig, split_speculative_config
+
+
+def refusal(settings_: dict) -> str:
+    with pytest.raises(SettingsError) as caught:
+        TokenTimingConfig.parse(settings_)
+    return str(caught.value)
+
+
+def assert_one_sentence(message: str) -> None:
+    assert "\n" not in message
+    assert message.startswith("tokentiming") and message.endswith(".") and len(message) < 600
+
+
+def test_a_draft_model_is_all_that_is_needed():
+    config = TokenTimingConfig.parse({"model": "some/draft"})
+    assert config.model == "some/draft"
+    assert config.strategy == "tokentiming"
+    assert config.dtw_window == 8
+    assert config.unmapped_special_tokens == "text"
+    assert config.special_tokens == {}
+    assert config.tokenizer is config.max_model_len is config.kv_memory_gib is config.max_draft_tokens is None
+
+
+EVERYTHING = {
+    "model": "/folder/draft",
+    "revision": "main",
+    "tokenizer": "/folder/tokenizer",
+    "tokenizer_revision": "v2",
+    "dtype": "float32",
+    "quantization": "fp8",
+    "max_model_len": 512,
+    "kv_memory_gib": 1,
+    "enforce_eager": True,
+    "max_draft_tokens": 12,
+    "dtw_window": 3,
+    "strategy": "tokentiming",
+    "special_tokens": {"<|im_end|>": "</s>", "<|im_start|>": None},
+    "unmapped_special_tokens": "drop",
+}
+
+
+def test_every_setting_arrives_as_it_was_given():
+    config = TokenTimingConfig.parse(EVERYTHING)
+    assert {key: getattr(config, key) for key in EVERYTHING} == EVERYTHING
+
+
+def test_settings_survive_the_way_to_the_workers_as_plain_json():
+    config = TokenTimingConfig.parse(EVERYTHING)
+    again = TokenTimingConfig.parse(json.loads(json.dumps(config.model_dump(mode="json"))))
+    assert again == config
+
+
+def test_settings_cannot_be_changed_later():
+    config = TokenTimingConfig.parse({"model": "some/draft"})
+    with pytest.raises(ValidationError):
+        config.dtw_window = 2
+    assert config.dtw_window == 8
+
+
+def test_reading_settings_leaves_the_users_dictionary_alone():
+    given_settings = {"model": "some/draft", "special_tokens": {"<s>": None}}
+    TokenTimingConfig.parse(given_settings)
+    assert given_settings == {"model": "some/draft", "special_tokens": {"<s>": None}}
+
+
+def test_without_a_draft_model_the_refusal_says_how_to_name_one():
+    message = refusal({"dtw_window": 3})
+    assert_one_sentence(message)
+    assert '"model"' in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model", ""),
+        ("model", 3),
+        ("model", None),
+        ("revision", 1),
+        ("tokenizer", ["a"]),
+        ("dtype", None),
+        ("max_model_len", 0),
+        ("max_model_len", "512"),
+        ("max_model_len", 1.5),
+        ("kv_memory_gib", 0),
+        ("kv_memory_gib", -1.0),
+        ("kv_memory_gib", "2"),
+        ("kv_memory_gib", float("inf")),
+        ("enforce_eager", "yes"),
+        ("enforce_eager", 1),
+        ("max_draft_tokens", 0),
+        ("max_draft_tokens", True),
+        ("dtw_window", 0),
+        ("dtw_window", None),
+        ("alignment_prior", -0.5),
+        ("strategy", "magic"),
+        ("strategy", "two\nlines"),
+        ("special_tokens", None),
+        ("special_tokens", ["<s>"]),
+        ("special_tokens", {"<s>": 3}),
+        ("unmapped_special_tokens", "keep"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_in_one_sentence_that_names_the_setting(key, value):
+    message = refusal({"model": "some/draft", key: value})
+    assert_one_sentence(message)
+    assert f"{key} is {value!r}" in message
+
+
+def test_a_choice_that_does_not_exist_is_refused_with_those_that_do():
+    assert "'text' or 'drop'" in refusal({"model": "m", "unmapped_special_tokens": "keep"})
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [("dtw_windw", "dtw_window"), ("Model", "model"), ("max_draft_token", "max_draft_tokens")],
+)
+def test_a_misspelled_setting_is_refused_with_the_one_that_was_meant(key, meant):
+    message = refusal({"model": "some/draft", key: 1})
+    assert_one_sentence(message)
+    assert f"{key!r}" in message and f"did you mean {meant!r}?" in message
+
+
+def test_a_setting_unlike_any_other_is_refused_with_all_there_are():
+    message = refusal({"model": "some/draft", "xyzzy": 1})
+    assert "\n" not in message and "'xyzzy'" in message
+    assert all(name in message for name in TokenTimingConfig.model_fields)
+
+
+values = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.lists(st.integers(), max_size=2)
+)
+keys = st.sampled_from([*TokenTimingConfig.model_fields]) | st.text(max_size=12) | st.integers()
+
+
+@given(
+    st.sampled_from([{}, {"model": "m"}, {"model": "m"}]),
+    st.dictionaries(keys, values | st.dictionaries(st.text(max_size=3), values, max_size=2), max_size=3),
+)
+@settings(deadline=None, max_examples=300)
+@example({"model": "m"}, {1: 2})
+@example({"model": "m"}, {"two\nlines": 2})
+@example({"model": "m"}, {"kv_memory_gib": float("nan")})
+@example({"model": "m"}, {"kv_memory_gib": float("inf")})
+def test_whatever_is_given_it_is_read_or_refused_in_one_line(model, others):
+    given_settings = {**model, **others}
+    try:
+        config = TokenTimingConfig.parse(given_settings)
+    except SettingsError as error:
+        message = str(error)
+        assert "\n" not in message and message.startswith("tokentiming")
+        assert '"model"' in message or any(
+            str(key) in message or repr(key) in message for key in given_settings
+        )
+    else:
+        assert all(getattr(config, str(key)) == value for key, value in given_settings.items())
+
+
+def test_a_strategy_that_changes_the_output_has_to_be_allowed():
+    paper = {"model": "some/draft", "strategy": "tokentiming-paper"}
+    message = refusal(paper)
+    assert_one_sentence(message)
+    assert '"allow_inexact"' in message
+    assert TokenTimingConfig.parse({**paper, "allow_inexact": True}).strategy == "tokentiming-paper"
+
+
+# Beside vLLM's own settings.
+
+
+def test_vllms_settings_go_to_vllm_and_the_others_to_us():
+    speculative = {
+        "method": "tokentiming",
+        "model": "some/draft",
+        "num_speculative_tokens": 5,
+        "dtw_window": 4,
+    }
+    vllm_part, ours = split_speculative_config(speculative)
+    assert vllm_part == {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": 5}
+    assert ours == {"model": "some/draft", "dtw_window": 4}
+    assert speculative["method"] == "tokentiming", "the user's dictionary is not changed"
+
+
+def test_a_setting_that_nobody_knows_is_left_to_us_to_refuse():
+    _, ours = split_speculative_config({"num_speculative_tokens": 1, "model": "m", "numspec": 2})
+    assert "'numspec'" in refusal(ours)
+
+
+def test_the_rejection_method_is_vllms():
+    vllm_part, ours = split_speculative_config(
+        {"num_speculative_tokens": 1, "rejection_sample_method": "standard"}
+    )
+    assert vllm_part["rejection_sample_method"] == "standard" and ours == {}
+
+
+@pytest.mark.parametrize(
+    "num", [{}, *({"num_speculative_tokens": bad} for bad in (None, 0, -2, "5", 2.0, True))]
+)
+def test_without_a_number_of_proposals_the_refusal_says_which_is_good(num):
+    with pytest.raises(SettingsError) as caught:
+        split_speculative_config({"method": "tokentiming", "model": "some/draft", **num})
+    assert_one_sentence(str(caught.value))
+    assert '"num_speculative_tokens"' in str(caught.value)
