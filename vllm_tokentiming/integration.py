@@ -29,12 +29,13 @@ def settings_of(vllm_config: VllmConfig) -> Mapping[str, Any]:
         SettingsError: There are none.
     """
     additional = vllm_config.additional_config
-    if not isinstance(additional, Mapping) or not isinstance(additional.get(METHOD), Mapping):
+    settings = additional.get(METHOD) if isinstance(additional, Mapping) else None
+    if not isinstance(settings, Mapping):
         raise SettingsError(
             'tokentiming has no settings: add --additional-config \'{"tokentiming": {"model": "<draft model>"}}\', or '
             'use "method": "tokentiming" in --speculative-config.'
         )
-    return additional[METHOD]
+    return settings
 
 
 def describe_special_tokens(pair: VocabularyPair) -> str:

@@ -219,7 +219,8 @@ class DraftModel:
 
     def _slots_of(self, rows: npt.NDArray[np.int32], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         block, offset = np.divmod(positions, self.pool.block_size)
-        return self.pool.tables[rows, block].astype(np.int64) * self.pool.block_size + offset
+        slots: npt.NDArray[np.int64] = self.pool.tables[rows, block].astype(np.int64) * self.pool.block_size + offset
+        return slots
 
     def _upload(self, buffer: Any, size: int) -> torch.Tensor:
         if self.device.type == "cpu":
