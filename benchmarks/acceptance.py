@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -54,9 +55,8 @@ def load_prompts(source: Path, number: int, characters: int) -> list[str]:
     else:
         loaded = json.loads(source.read_text())
         parts = loaded if isinstance(loaded, dict) else {"all": loaded}
-    texts = [
-        text[:characters] for row in zip(*(parts[key] for key in sorted(parts)), strict=False) for text in row
-    ]
+    rows = itertools.zip_longest(*(parts[key] for key in sorted(parts)))
+    texts = [text[:characters] for row in rows for text in row if text]
     if len(texts) < number:
         raise SystemExit(f"{source} has {len(texts)} prompts, {number} are needed: lower --num-prompts.")
     return texts[:number]
