@@ -446,31 +446,6 @@ cdef inline int _write_block(
     return 0
 
 
-def tokens_within(const int32_t[::1] lengths, int64_t num_bytes):
-    """Count leading tokens that end by `num_bytes`; see :func:`vllm_tokentiming.alignment.tokens_within`.
-
-    Args:
-        lengths: int32 [n], bytes of each token.
-        num_bytes: at least 0.
-
-    Returns:
-        An int of 0..n.
-
-    Raises:
-        ValueError: a length is negative.
-    """
-    cdef Py_ssize_t count = 0
-    cdef int64_t offset = 0
-    _refuse_negative(lengths)
-    with nogil:
-        while count < lengths.shape[0]:
-            offset += lengths[count]
-            if offset > num_bytes:
-                break
-            count += 1
-    return count
-
-
 cdef int _refuse_negative(const int32_t[::1] lengths) except -1:
     cdef Py_ssize_t k
     cdef int32_t lowest = 0
@@ -480,22 +455,6 @@ cdef int _refuse_negative(const int32_t[::1] lengths) except -1:
     if lowest < 0:
         raise ValueError(f"a token's length in bytes cannot be negative, got {lowest}")
     return 0
-
-
-def common_prefix(const uint8_t[::1] a, const uint8_t[::1] b):
-    """Count the leading bytes that `a` and `b` share.
-
-    Args:
-        a: any contiguous buffer of bytes.
-        b: the same.
-
-    Returns:
-        An int of 0..min(len(a), len(b)).
-    """
-    cdef Py_ssize_t length
-    with nogil:
-        length = _common_prefix(a, b)
-    return length
 
 
 cdef Py_ssize_t _common_prefix(const uint8_t[::1] a, const uint8_t[::1] b) except -1 nogil:

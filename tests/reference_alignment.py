@@ -126,13 +126,3 @@ def blocks_of_offsets(draft_lengths: list[int], target_lengths: list[int]) -> Bl
     if cuts[-1] != (len(draft_lengths), len(target_lengths)):
         cuts.append((len(draft_lengths), len(target_lengths)))
     return [(i0, i1, j0, j1) for (i0, j0), (i1, j1) in pairwise(cuts)]
-
-
-def tokens_within(lengths: list[int], num_bytes: int) -> int:
-    """Leading tokens that end at or before `num_bytes`."""
-    return sum(end <= num_bytes for end in accumulate(lengths))
-
-
-def common_prefix(a: bytes, b: bytes) -> int:
-    """The longest length at which the two prefixes are the same."""
-    return max(length for length in range(min(len(a), len(b)) + 1) if a[:length] == b[:length])

@@ -32,7 +32,7 @@ except ImportError as error:
         "run `pip install .` in its source tree, with a C compiler at hand."
     ) from error
 
-__all__ = ["LocalCost", "Warp", "common_prefix", "span_blocks", "tokens_within", "warp"]
+__all__ = ["LocalCost", "Warp", "span_blocks", "warp"]
 
 
 class LocalCost(Enum):
@@ -150,41 +150,6 @@ def span_blocks(draft_lengths: ArrayLike, target_lengths: ArrayLike) -> NDArray[
         _as_lengths(draft_lengths, "draft_lengths"), _as_lengths(target_lengths, "target_lengths")
     )
     return blocks
-
-
-def tokens_within(lengths: ArrayLike, num_bytes: int) -> int:
-    """How many leading tokens lie wholly inside the first `num_bytes` bytes.
-
-    A token that ends exactly there is inside, and so are tokens of no bytes that follow it.
-
-    Args:
-        lengths: [n] lengths of the tokens of either side in bytes; int32, or integers that fit it.
-        num_bytes: bytes from the start of the first token, at least 0; may exceed the total.
-
-    Returns:
-        A number of tokens, 0..n.
-
-    Raises:
-        TypeError: lengths that are not integers.
-        ValueError: `num_bytes` is negative; lengths that are negative, do not fit int32, or are not
-            one-dimensional.
-    """
-    if num_bytes < 0:
-        raise ValueError(f"num_bytes cannot be negative, got {num_bytes}")
-    return int(_dtw.tokens_within(_as_lengths(lengths, "lengths"), num_bytes))
-
-
-def common_prefix(a: bytes, b: bytes) -> int:
-    """Length in bytes of the longest common prefix of two byte strings.
-
-    Args:
-        a: any bytes.
-        b: any bytes.
-
-    Returns:
-        A number of bytes, 0..min(len(a), len(b)).
-    """
-    return int(_dtw.common_prefix(a, b))
 
 
 def _as_lengths(values: ArrayLike, name: str) -> NDArray[np.int32]:
