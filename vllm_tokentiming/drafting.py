@@ -163,6 +163,8 @@ class Drafter:
             # Requests that are not in the batch (preempted, or waiting their turn) can read their context again.
             idle = next((r for r in self._requests.values() if r.row is not None and id(r) not in present), None)
             if idle is None:
+                # Its blocks are of use to others only: if all kept what they have, soon none could grow.
+                self._close(request)
                 return False
             self._close(idle)
 

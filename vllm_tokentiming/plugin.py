@@ -9,7 +9,13 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from vllm_tokentiming.config import METHOD, PROPOSER, SettingsError, TokenTimingConfig, split_speculative_config
+from vllm_tokentiming.config import (
+    METHOD,
+    PROPOSER,
+    SettingsError,
+    TokenTimingConfig,
+    split_speculative_config,
+)
 
 
 def register() -> None:
@@ -68,6 +74,11 @@ def _refuse_early(settings: dict[str, Any], target_model_config: Any, target_par
     from vllm_tokentiming.compat import check_vllm
 
     check_vllm()
+    if target_model_config.runner_type != "generate":
+        raise SettingsError(
+            "tokentiming needs a target that generates text, and this one is run as a "
+            f"{target_model_config.runner_type} model; set --runner to generate or leave --speculative-config out."
+        )
     if target_parallel_config.pipeline_parallel_size > 1:
         raise SettingsError(
             "tokentiming does not work with pipeline parallelism yet; set --pipeline-parallel-size to 1 and use tensor "

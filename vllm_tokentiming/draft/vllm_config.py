@@ -79,6 +79,7 @@ def draft_vllm_config(vllm_config: VllmConfig, settings: TokenTimingConfig) -> V
     scheduler_config.disable_hybrid_kv_cache_manager = True
     cache_config = copy.copy(vllm_config.cache_config)
     cache_config.kv_cache_layout = None
+    cache_config.num_gpu_blocks_override = None  # Meant for the target's cache; ours has its own size.
     return replace(
         vllm_config,
         model_config=model_config,

@@ -1,0 +1,191 @@
+"""Starts real vLLM engines for the tests, with the embedded models.
+
+An engine reads its environment when vLLM is imported and leaves global state behind, so engines live in
+processes of their own: ``in_fresh_process`` calls a function of a test module there, with arguments and a
+result that go through JSON. The functions below it are for use in that process. Starting Python and importing
+vLLM takes several seconds, a further engine in the same process much less, so one such function does the work
+of many tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parent
+MODELS = TESTS.parent / "examples" / "models"
+TARGET, DRAFT = str(MODELS / "target"), str(MODELS / "draft")
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    # One thread: the matrices are so small that several threads wait for each other longer than they compute.
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    # Keeps the model runner in the process of the test.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+_SECONDS = 600
+
+
+def environment() -> dict[str, str]:
+    """This process's environment, changed as an engine of the tests needs it."""
+    return {**os.environ, **ENVIRONMENT}
+
+
+def in_fresh_process(function: Callable[..., Any], /, **arguments: Any) -> Any:
+    """Call a function of a test module in a new Python process.
+
+    Args:
+        function: Defined at the top of a module in the folder of the tests.
+        arguments: Anything that JSON can hold.
+
+    Returns:
+        What it returned, through JSON.
+
+    Raises:
+        AssertionError: It raised something; the message is the end of what the process printed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        result, log, given = Path(folder, "result.json"), Path(folder, "log"), json.dumps(arguments)
+        with log.open("wb") as sink:
+            process = subprocess.Popen(
+                [sys.executable, __file__, function.__module__, function.__name__, given, result],
+                env=environment(), stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True,
+            )  # fmt: skip
+            try:
+                process.wait(timeout=_SECONDS)
+            finally:
+                kill_group(process)
+        if process.returncode != 0 or not result.exists():
+            end = "\n".join(log.read_text(errors="replace").splitlines()[-60:])
+            raise AssertionError(f"{function.__name__} ended with status {process.returncode}:\n{end}")
+        return json.loads(result.read_text())
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """End a process started with ``start_new_session`` and everything that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _called() -> None:
+    module, name, arguments, result = sys.argv[1:]
+    value = getattr(importlib.import_module(module), name)(**json.loads(arguments))
+    Path(result).write_text(json.dumps(value))
+    # Engines that are torn down by the interpreter's exit have nothing more to say.
+    os._exit(0)
+
+
+# In the fresh process.
+
+
+def speculation(num_speculative_tokens: int = 5, **settings: Any) -> dict[str, Any]:
+    """A speculative configuration with the embedded draft model."""
+    return {
+        "method": "tokentiming",
+        "model": DRAFT,
+        "num_speculative_tokens": num_speculative_tokens,
+        **settings,
+    }
+
+
+def start(**arguments: Any) -> Any:
+    """A ``vllm.LLM`` of the embedded target."""
+    from vllm import LLM
+
+    defaults = {
+        "dtype": "float32", "max_model_len": 512, "max_num_seqs": 16, "enforce_eager": True,
+        "enable_prefix_caching": False, "disable_log_stats": False, "seed": 0,
+    }  # fmt: skip
+    return LLM(TARGET, **{**defaults, **arguments})
+
+
+def greedy(max_tokens: int = 24, **parameters: Any) -> Any:
+    """Greedy sampling parameters; outputs do not end with the end-of-text token, so their length is known."""
+    from vllm import SamplingParams
+
+    return SamplingParams(**{"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True, **parameters})
+
+
+def generate(llm: Any, prompts: list[Any], parameters: Any) -> list[list[int]]:
+    """The output ids of each prompt: a text, or a list of token ids."""
+    requests = [prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt} for prompt in prompts]
+    return [
+        list(output.outputs[0].token_ids) for output in llm.generate(requests, parameters, use_tqdm=False)
+    ]
+
+
+def counters(llm: Any) -> dict[str, float]:
+    """What an engine counted since its start.
+
+    ``passes``: passes of the target that gave a request tokens; each is timed once, as the time to the first
+    token or as a latency between tokens. ``faults``: kinds of errors of ours that cost a step its proposals.
+    """
+    found = {metric.name.removeprefix("vllm:"): metric for metric in llm.get_metrics()}
+
+    def value(name: str) -> float:
+        return getattr(found[name], "value", 0) if name in found else 0
+
+    return {
+        "drafts": value("spec_decode_num_drafts"),
+        "proposed": value("spec_decode_num_draft_tokens"),
+        "accepted": value("spec_decode_num_accepted_tokens"),
+        "generated": value("generation_tokens"),
+        "preemptions": value("num_preemptions"),
+        "faults": len(getattr(getattr(runner(llm), "drafter", None), "_faults", ())),
+        "passes": found["time_to_first_token_seconds"].count + found["inter_token_latency_seconds"].count,
+    }
+
+
+def core(llm: Any) -> Any:
+    """The engine core behind an ``LLM``."""
+    return llm.llm_engine.engine_core.engine_core
+
+
+def runner(llm: Any) -> Any:
+    """The model runner behind an ``LLM``."""
+    return core(llm).model_executor.driver_worker.worker.model_runner
+
+
+def drafter(llm: Any) -> Any:
+    """The ``Drafter`` behind an ``LLM``."""
+    return runner(llm).drafter._drafter
+
+
+def pool(llm: Any) -> Any:
+    """The draft's KV pool behind an ``LLM``."""
+    return drafter(llm)._model.pool
+
+
+@contextlib.contextmanager
+def logged(name: str) -> Iterator[list[str]]:
+    """Collect the messages that a module logs."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger(f"vllm.{name}")
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+
+
+if __name__ == "__main__":
+    # Modules that import this one shall not get a second copy of it.
+    sys.modules["engine"] = sys.modules["__main__"]
+    sys.path.insert(0, str(TESTS))
+    _called()

@@ -1,0 +1,130 @@
+"""The draft model on vLLM's paged attention writes what it writes in transformers."""
+
+from __future__ import annotations
+
+import random
+
+import engine
+import pytest
+from engine_prompts import texts
+
+pytestmark = pytest.mark.engine
+
+NUM_WRITTEN = 24
+
+
+def _greedy_with_transformers(prompts: list[list[int]]) -> list[list[int]]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(engine.DRAFT, dtype=torch.float32).eval()
+    written = []
+    with torch.inference_mode():
+        for prompt in prompts:
+            ids = list(prompt)
+            for _ in range(NUM_WRITTEN):
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+            written.append(ids[len(prompt) :])
+    return written
+
+
+class Sequences:
+    """Sequences of the draft side by side, each with a row of the KV pool."""
+
+    def __init__(self, model, prompts: list[list[int]]) -> None:
+        self.model, self.ids = model, [list(prompt) for prompt in prompts]
+        self.cached = [0] * len(prompts)
+        self.rows = [model.pool.open_row() for _ in prompts]
+        for row, prompt in zip(self.rows, prompts, strict=True):
+            assert model.pool.grow(row, len(prompt) + 2 * NUM_WRITTEN)
+
+    def read(self, chunk: int = 10**6) -> dict[int, int]:
+        """One pass over what is not in the cache, at most ``chunk`` tokens of each sequence.
+
+        Returns:
+            The next id of each sequence that has been read to its end.
+        """
+        from vllm_tokentiming.draft.model import Span
+
+        spans = [
+            (index, Span(self.rows[index], self.cached[index], ids[self.cached[index] :][:chunk]))
+            for index, ids in enumerate(self.ids)
+            if self.cached[index] < len(ids)
+        ]
+        spans.sort(key=lambda pair: len(pair[1].draft_ids))
+        next_ids = self.model.forward([span for _, span in spans]).argmax(-1).tolist()
+        for index, span in spans:
+            self.cached[index] += len(span.draft_ids)
+        return {
+            index: next_id
+            for (index, _), next_id in zip(spans, next_ids, strict=True)
+            if self.cached[index] == len(self.ids[index])
+        }
+
+    def close(self) -> None:
+        for row in self.rows:
+            self.model.pool.close_row(row)
+
+
+def write_in_all_ways() -> dict:
+    """In a fresh process: the greedy continuation of ragged prompts, several ways."""
+    llm = engine.start(speculative_config=engine.speculation())
+    model = engine.drafter(llm)._model
+    tokenizer = engine.drafter(llm)._pair.draft.encoder
+    prompts = [[1, *tokenizer.encode(text.encode())] for text in texts(None)[::17]]
+    prompts += [[7], [1] + [i for prompt in prompts[:6] for i in prompt]]
+    num_prompts = [len(prompt) for prompt in prompts]
+    free = model.pool.num_free_blocks
+
+    def written(sequences: Sequences) -> list[list[int]]:
+        sequences.close()
+        return [ids[length:][:NUM_WRITTEN] for ids, length in zip(sequences.ids, num_prompts, strict=True)]
+
+    def together(chunk: int) -> list[list[int]]:
+        sequences = Sequences(model, prompts)
+        while any(
+            len(ids) < length + NUM_WRITTEN for ids, length in zip(sequences.ids, num_prompts, strict=True)
+        ):
+            for index, next_id in sequences.read(chunk).items():
+                sequences.ids[index].append(next_id)
+        return written(sequences)
+
+    def with_wrong_tokens() -> list[list[int]]:
+        rng = random.Random(0)
+        sequences = Sequences(model, prompts)
+        for _ in range(NUM_WRITTEN):
+            for index, next_id in sequences.read().items():
+                sequences.ids[index].append(next_id)
+            right = [len(ids) for ids in sequences.ids]
+            for ids in sequences.ids:
+                ids += [rng.randrange(3, model.vocab_size) for _ in range(rng.randrange(1, 7))]
+            sequences.read()
+            for index, length in enumerate(right):
+                del sequences.ids[index][length:]
+                # The last right token is read again, for its logits.
+                sequences.cached[index] = length - 1
+        return written(sequences)
+
+    result = {
+        "transformers": _greedy_with_transformers(prompts),
+        "prompts at once": together(10**6),
+        "prompts in chunks": together(5),
+        "wrong tokens taken back": with_wrong_tokens(),
+    }
+    result["blocks held"] = free - model.pool.num_free_blocks
+    return result
+
+
+@pytest.fixture(scope="module")
+def written():
+    return engine.in_fresh_process(write_in_all_ways)
+
+
+@pytest.mark.parametrize("way", ["prompts at once", "prompts in chunks", "wrong tokens taken back"])
+def test_ragged_batches_continue_as_in_transformers(written, way):
+    assert len(written["transformers"]) > 12
+    assert written[way] == written["transformers"]
+
+
+def test_closed_rows_give_all_their_blocks_back(written):
+    assert written["blocks held"] == 0

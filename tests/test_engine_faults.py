@@ -1,0 +1,102 @@
+"""Something of ours raises in the middle of a step: the step has no proposals, and nothing else happens."""
+
+from __future__ import annotations
+
+import engine
+import pytest
+from engine_prompts import texts
+
+pytestmark = pytest.mark.engine
+
+# Calls that fail. A step has one pass that reads and several that write, so that both kinds are among them.
+CALLS = (2, 4, 9, 15, 40)
+
+
+class Broken:
+    """Makes some calls of a method fail."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self._owner, self._name, self._whole = owner, name, getattr(owner, name)
+        self.num_calls = self.num_raised = 0
+        self._error = type(f"Broken_{name}", (RuntimeError,), {})  # Another kind of fault for each method.
+        object.__setattr__(owner, name, self)
+
+    def __call__(self, *arguments, **keywords):
+        self.num_calls += 1
+        if self.num_calls in CALLS:
+            self.num_raised += 1
+            raise self._error(f"{self._name} was made to fail, call {self.num_calls}")
+        return self._whole(*arguments, **keywords)
+
+    def mend(self) -> None:
+        object.__setattr__(self._owner, self._name, self._whole)
+
+
+def break_everything() -> dict:
+    """In a fresh process: the same prompts while one thing after the other fails now and then."""
+    prompts = texts(None)[::13]
+    plain = engine.start()
+    result: dict = {"plain": engine.generate(plain, prompts, engine.greedy(32))}
+    llm = engine.start(speculative_config=engine.speculation())
+    pool, drafter = engine.pool(llm), engine.drafter(llm)
+    num_blocks = pool.num_free_blocks
+
+    def write() -> dict:
+        before = engine.counters(llm)
+        with engine.logged("vllm_tokentiming.proposer") as messages:
+            outputs = engine.generate(llm, prompts, engine.greedy(32))
+        after = engine.counters(llm)
+        return {
+            "outputs": outputs,
+            "messages": messages,
+            **{name: after[name] - before[name] for name in after},
+        }
+
+    result["whole"] = write()
+    for kind, owner, name in (
+        ("pass of the draft", drafter._model, "forward"),
+        ("tokenizer of the target", drafter._pair.target.encoder, "encode"),
+        ("tokenizer of the draft", drafter._pair.draft.encoder, "encode_tail"),
+    ):
+        broken = Broken(owner, name)
+        result[kind] = write() | {"raised": broken.num_raised}
+        broken.mend()
+        result[kind + ", mended"] = write()
+    drafter.release_all()
+    result["blocks held"] = num_blocks - pool.num_free_blocks
+    return result
+
+
+@pytest.fixture(scope="module")
+def broken():
+    return engine.in_fresh_process(break_everything)
+
+
+KINDS = pytest.mark.parametrize(
+    "kind", ["pass of the draft", "tokenizer of the target", "tokenizer of the draft"]
+)
+
+
+@KINDS
+def test_outputs_are_those_of_plain_decoding(broken, kind):
+    assert broken[kind]["raised"] == len(CALLS)
+    assert broken[kind]["outputs"] == broken["plain"]
+
+
+@KINDS
+def test_a_fault_is_logged_once_however_often_it_happens(broken, kind):
+    assert len(broken[kind]["messages"]) == 1
+    assert "failed to draft" in broken[kind]["messages"][0]
+    assert broken["whole"]["messages"] == broken[kind + ", mended"]["messages"] == []
+
+
+@KINDS
+def test_speculation_goes_on_after_a_fault(broken, kind):
+    assert 0.5 * broken["whole"]["accepted"] < broken[kind]["accepted"] < broken["whole"]["accepted"]
+    mended = broken[kind + ", mended"]
+    assert mended["outputs"] == broken["plain"]
+    assert mended["accepted"] == broken["whole"]["accepted"]
+
+
+def test_a_fault_leaves_no_blocks_behind(broken):
+    assert broken["blocks held"] == 0

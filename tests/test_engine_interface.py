@@ -1,0 +1,251 @@
+"""How a user asks for us, and what vLLM says to a user who asks for what cannot work."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import engine
+import pytest
+
+# Nothing of ours is imported up here: the functions that run in fresh processes do as a user does.
+
+pytestmark = pytest.mark.engine
+
+PROMPTS = ["Once upon a time there was a", "def merge(left, right):\n    ", "Жила-была девочка"]
+CUSTOM = {
+    "method": "custom_class",
+    "model": "vllm_tokentiming.TokenTimingProposer",
+    "num_speculative_tokens": 5,
+}
+
+
+# What works.
+
+
+def ask_in_both_ways() -> dict:
+    """In a fresh process that imports nothing of ours: both ways, and a plain engine."""
+    result: dict = {"imported": [name for name in sys.modules if name.startswith("vllm_tokentiming")]}
+    for name, arguments in (
+        ("plain", {}),
+        ("method", {"speculative_config": engine.speculation()}),
+        (
+            "custom class",
+            {"speculative_config": CUSTOM, "additional_config": {"tokentiming": {"model": engine.DRAFT}}},
+        ),
+    ):
+        llm = engine.start(**arguments)
+        result[name] = {
+            "outputs": engine.generate(llm, PROMPTS, engine.greedy()),
+            "counters": engine.counters(llm),
+        }
+        # An engine takes vLLM's global state with it when it goes, so it goes before the next one comes.
+        del llm
+        gc.collect()
+    return result
+
+
+@pytest.fixture(scope="module")
+def asked():
+    return engine.in_fresh_process(ask_in_both_ways)
+
+
+@pytest.mark.parametrize("way", ["method", "custom class"])
+def test_each_way_to_ask_gives_the_same_outputs_and_accepted_proposals(asked, way):
+    assert asked["imported"] == []
+    assert asked[way]["outputs"] == asked["plain"]["outputs"]
+    assert asked[way]["counters"]["accepted"] > 0
+
+
+# What is refused before anything is loaded.
+
+
+@pytest.fixture
+def front_end(monkeypatch):
+    """Reads arguments as vLLM's front end does; vLLM may change the environment meanwhile."""
+    before = dict(os.environ)
+    for name, value in engine.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+
+    def read(speculative_config: dict, **arguments):
+        from vllm.engine.arg_utils import EngineArgs
+
+        defaults = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True}
+        given = {**defaults, **arguments}
+        return EngineArgs(
+            engine.TARGET, speculative_config=speculative_config, **given
+        ).create_engine_config()
+
+    yield read
+    monkeypatch.undo()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def _refused(front_end, speculative_config: dict, *parts: str, **arguments) -> None:
+    """The arguments are refused, in one sentence that has all of the parts."""
+    from vllm_tokentiming.config import SettingsError
+
+    with pytest.raises(SettingsError) as caught:
+        front_end(speculative_config, **arguments)
+    message = str(caught.value)
+    assert "tokentiming" in message
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def _copy(source: str, folder: Path, *names: str) -> str:
+    folder.mkdir()
+    for name in names:
+        shutil.copy(Path(source, name), folder)
+    return str(folder)
+
+
+def test_both_ways_to_ask_are_read_to_the_same_configuration(front_end):
+    settings = {"model": engine.DRAFT, "dtw_window": 4}
+    method = front_end({"method": "tokentiming", "num_speculative_tokens": 5, **settings})
+    custom = front_end(dict(CUSTOM), additional_config={"tokentiming": settings})
+    assert method.additional_config == custom.additional_config == {"tokentiming": settings}
+    for config in (method, custom):
+        assert config.speculative_config.method == "custom_class"
+        assert config.speculative_config.num_speculative_tokens == 5
+
+
+def test_other_methods_are_left_alone(front_end):
+    config = front_end({"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3})
+    assert config.speculative_config.method == "ngram"
+    assert config.additional_config == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"modle": "x"}, ("'modle'", "did you mean 'model'")),
+        ({"dtw_window": 0}, ("dtw_window is 0", "greater than or equal to 1")),
+        ({"kv_memory_gib": -1}, ("kv_memory_gib is -1", "greater than 0")),
+        ({"max_draft_tokens": "many"}, ("max_draft_tokens is 'many'", "integer")),
+        ({"num_speculative_tokens": 0}, ('"num_speculative_tokens"', "4 to 8")),
+        ({"special_tokens": {"<no>": None}}, ("special_tokens", "'<no>' is not a special token of the")),
+    ],
+)  # fmt: skip
+def test_a_setting_that_cannot_work_is_refused(front_end, settings, parts):
+    _refused(front_end, engine.speculation(**settings), *parts)
+
+
+def test_settings_without_a_draft_model_are_refused(front_end):
+    without = {"method": "tokentiming", "num_speculative_tokens": 5}
+    _refused(front_end, without, 'set "model" to a local folder or a Hugging Face name')
+    _refused(front_end, dict(CUSTOM), 'set "model" to a local folder or a Hugging Face name')
+
+
+def test_settings_without_a_number_of_tokens_are_refused(front_end):
+    without = {"method": "tokentiming", "model": engine.DRAFT}
+    _refused(front_end, without, 'needs "num_speculative_tokens" in the speculative configuration')
+
+
+def test_settings_in_both_places_are_refused(front_end):
+    given = {"tokentiming": {"model": engine.DRAFT}}
+    _refused(
+        front_end,
+        engine.speculation(),
+        "either in --speculative-config",
+        "not in both",
+        additional_config=given,
+    )
+
+
+def test_a_draft_model_that_does_not_exist_is_refused(front_end, tmp_path):
+    folder = str(tmp_path / "nothing")
+    _refused(front_end, engine.speculation(model=folder), f"cannot use {folder!r}", 'set "model" to')
+
+
+def test_a_draft_model_without_a_tokenizer_is_refused(front_end, tmp_path):
+    folder = _copy(engine.DRAFT, tmp_path / "draft", "config.json", "model.safetensors")
+    _refused(
+        front_end,
+        engine.speculation(model=folder),
+        f"tokenizer {folder!r}",
+        "put a tokenizer.json into that folder",
+    )
+
+
+def test_a_draft_model_with_a_tokenizer_elsewhere_is_accepted(front_end, tmp_path):
+    folder = _copy(engine.DRAFT, tmp_path / "draft", "config.json", "model.safetensors")
+    config = front_end(engine.speculation(model=folder, tokenizer=engine.DRAFT))
+    assert config.additional_config["tokentiming"]["tokenizer"] == engine.DRAFT
+
+
+def test_a_tokenizer_of_another_model_is_refused(front_end):
+    settings = engine.speculation(tokenizer=engine.TARGET)
+    _refused(
+        front_end,
+        settings,
+        "has 8192 ids, its model only 3072",
+        "choose the tokenizer that the model was trained with",
+    )
+
+
+def test_an_encoder_is_refused_as_a_draft(front_end, tmp_path):
+    from transformers import BertConfig
+
+    folder = _copy(engine.DRAFT, tmp_path / "encoder", "tokenizer.json", "tokenizer_config.json")
+    config = BertConfig(
+        vocab_size=3072, hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64
+    )
+    config.architectures = ["BertModel"]
+    config.save_pretrained(folder)
+    _refused(
+        front_end, engine.speculation(model=folder), f"cannot use {folder!r}", "decoder-only language model"
+    )
+
+
+def test_a_pooling_model_is_refused_as_a_target(front_end):
+    _refused(front_end, engine.speculation(), "pooling", "set --runner to generate", runner="pooling")
+
+
+def test_pipeline_parallelism_is_refused(front_end):
+    _refused(front_end, engine.speculation(), "set --pipeline-parallel-size to 1", pipeline_parallel_size=2)
+
+
+def test_a_vllm_that_lacks_something_is_refused(front_end, monkeypatch):
+    from vllm_tokentiming import compat
+
+    wanted = (("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.no_such_method", ()),)
+    monkeypatch.setattr(compat, "_REQUIRED", wanted)
+    _refused(front_end, engine.speculation(), "GPUModelRunner.no_such_method", "install vLLM")
+
+
+def test_kernels_that_were_not_built_are_refused(front_end, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm_tokentiming._dtw", None)
+    monkeypatch.delitem(sys.modules, "vllm_tokentiming.alignment", raising=False)
+    _refused(front_end, engine.speculation(), "pip install")
+
+
+# What only the worker can know.
+
+
+def ask_for_too_little_and_too_much_memory() -> dict:
+    """In a fresh process: what vLLM raises when the draft's KV cache cannot be had."""
+    result = {}
+    for name, kv_memory_gib in (("little", 0.001), ("much", 1e5)):
+        try:
+            engine.start(speculative_config=engine.speculation(kv_memory_gib=kv_memory_gib))
+        except Exception as error:
+            result[name] = [type(error).__name__, str(error)]
+    return result
+
+
+def test_a_kv_cache_too_small_for_one_request_or_too_large_for_the_memory_is_refused():
+    result = engine.in_fresh_process(ask_for_too_little_and_too_much_memory)
+    for name, parts in (
+        ("little", ("kv_memory_gib is 0.001", "one request of 2048 draft tokens", "raise kv_memory_gib or")),
+        ("much", ("100000.00 GiB", "are free", "lower kv_memory_gib or max_model_len")),
+    ):  # fmt: skip
+        kind, message = result[name]
+        assert kind == "SettingsError"
+        for part in parts:
+            assert part in message

@@ -1,0 +1,218 @@
+"""Sampling parameters: what vLLM can do with a request, it does with us too, in one batch with the others."""
+
+from __future__ import annotations
+
+import math
+
+import engine
+import pytest
+
+pytestmark = pytest.mark.engine
+
+PROMPTS = [
+    "Lily went to the park with her mum. She saw a big",
+    'def word_count(text):\n    """Return the number of words."""\n    ',
+    "Жили-были дед и баба. Была у них",
+    "Κάθε άνθρωπος έχει δικαίωμα",
+]
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+# With temperature 0 unless they say otherwise; with top_k 1 nothing is left to chance either.
+DETERMINISTIC = {
+    "greedy": {},
+    "repetition penalty": {"repetition_penalty": 1.4},
+    "presence penalty": {"presence_penalty": 0.9},
+    "frequency penalty": {"frequency_penalty": 0.6},
+    "all penalties": {"repetition_penalty": 1.1, "presence_penalty": 0.4, "frequency_penalty": 0.3},
+    "stop string": {"stop": [" a", "и", "s"]},
+    "stop string, included": {"stop": ["e", "ο", "а"], "include_stop_str_in_output": True},
+    "stop ids": {"stop_token_ids": list(range(200, 330, 3))},
+    "end of text": {"ignore_eos": False},
+    "fewest tokens": {"min_tokens": 12, "stop_token_ids": list(range(200, 330, 3)), "ignore_eos": False},
+    "log probabilities": {"logprobs": 3},
+    "log probabilities of the prompt": {"prompt_logprobs": 2},
+    "bad words": {"bad_words": [" the", "the", " и", "return"]},
+    "allowed ids": {"allowed_token_ids": list(range(150, 900))},
+    "regular expression": {"structured_outputs": {"regex": "[a-z]{3,9} [a-z]{2,12}\\."}, "ignore_eos": False},
+    "JSON schema": {"structured_outputs": {"json": SCHEMA}, "max_tokens": 60, "ignore_eos": False},
+    "top-k of one": {"temperature": 1.0, "top_k": 1},
+    "top-k of one, top-p": {"temperature": 0.7, "top_k": 1, "top_p": 0.9},
+    "tiny top-p": {"temperature": 0.7, "top_p": 1e-6},
+}
+SAMPLED = {
+    "temperature": {"temperature": 0.8},
+    "top-k": {"temperature": 0.9, "top_k": 20},
+    "top-p": {"temperature": 0.9, "top_p": 0.9},
+    "top-k and top-p": {"temperature": 0.9, "top_k": 30, "top_p": 0.95},
+    "penalties": {"temperature": 0.8, "repetition_penalty": 1.2},
+    "two outputs": {"temperature": 0.8, "n": 2},
+    "log probabilities": {"temperature": 0.8, "logprobs": 2},
+}
+MAX_TOKENS = 24
+
+
+def _parameters(given: dict):
+    from vllm.sampling_params import StructuredOutputsParams
+
+    given = dict(given)
+    if "structured_outputs" in given:
+        given["structured_outputs"] = StructuredOutputsParams(**given["structured_outputs"])
+    return engine.greedy(**{"max_tokens": MAX_TOKENS, **given})
+
+
+def _described(output) -> dict:
+    def values(positions) -> list:
+        return [
+            None if position is None else {str(i): entry.logprob for i, entry in position.items()}
+            for position in positions or []
+        ]
+
+    return {
+        "outputs": [
+            {
+                "ids": list(completion.token_ids),
+                "text": completion.text,
+                "end": completion.finish_reason,
+                "logprobs": values(completion.logprobs),
+            }
+            for completion in output.outputs
+        ],
+        "prompt_logprobs": values(output.prompt_logprobs),
+    }
+
+
+def _write(llm, cases: dict, seed: int | None = None) -> dict:
+    pairs = [(name, prompt) for prompt in PROMPTS for name in cases]
+    parameters = [_parameters(cases[name] | ({} if seed is None else {"seed": seed})) for name, _ in pairs]
+    outputs = llm.generate([prompt for _, prompt in pairs], parameters, use_tqdm=False)
+    described: dict = {name: [] for name in cases}
+    for (name, _), output in zip(pairs, outputs, strict=True):
+        described[name].append(_described(output))
+    return described
+
+
+def write_everything() -> dict:
+    """In a fresh process: every case with a plain engine and with ours."""
+    plain = engine.start()
+    ours = engine.start(speculative_config=engine.speculation())
+    result = {}
+    # Alone, so that the step after its prompt has no proposals for anybody.
+    lone = ours.generate(PROMPTS[0], _parameters({"temperature": 0.9, "top_k": 20}), use_tqdm=False)
+    result["lone top-k"] = _described(lone[0])
+    result["plain"] = _write(plain, DETERMINISTIC)
+    # Greedy and sampled requests take turns in the batch.
+    mixed = {}
+    for index, (name, given) in enumerate(DETERMINISTIC.items()):
+        mixed["deterministic: " + name] = given
+        sampled = list(SAMPLED)[index % len(SAMPLED)]
+        mixed[f"sampled: {sampled} {index}"] = SAMPLED[sampled]
+    written = _write(ours, mixed)
+    result["ours"] = {name: written["deterministic: " + name] for name in DETERMINISTIC}
+    before = engine.counters(ours)
+    result["sampled"] = _write(ours, SAMPLED, seed=7)
+    after = engine.counters(ours)
+    result["counted"] = {name: after[name] - before[name] for name in after}
+    result["sampled again"] = _write(ours, SAMPLED, seed=7)
+    result["other seed"] = _write(ours, SAMPLED, seed=8)
+    result["faults"] = engine.counters(ours)["faults"]
+    return result
+
+
+@pytest.fixture(scope="module")
+def written():
+    return engine.in_fresh_process(write_everything)
+
+
+def _only(described: list[dict], key: str) -> list:
+    return [output[key] for prompt in described for output in prompt["outputs"]]
+
+
+@pytest.mark.parametrize("case", [name for name in DETERMINISTIC if not name.startswith("stop string")])
+def test_what_leaves_nothing_to_chance_is_what_plain_decoding_writes(written, case):
+    expected, outputs = written["plain"][case], written["ours"][case]
+    assert _only(outputs, "ids") == _only(expected, "ids")
+    assert _only(outputs, "text") == _only(expected, "text")
+    assert _only(outputs, "end") == _only(expected, "end")
+
+
+@pytest.mark.parametrize("case", [name for name in DETERMINISTIC if name.startswith("stop string")])
+def test_stop_strings_end_the_text_where_plain_decoding_ends_it(written, case):
+    # vLLM looks for them once per step, so the ids may go on behind the string, as with every such method.
+    expected, outputs = written["plain"][case], written["ours"][case]
+    assert _only(outputs, "text") == _only(expected, "text")
+    assert _only(outputs, "end") == _only(expected, "end")
+    assert "stop" in _only(outputs, "end")
+
+
+def test_the_cases_do_what_they_say(written):
+    usual = _only(written["ours"]["greedy"], "ids")
+    for case in ("repetition penalty", "frequency penalty", "bad words", "allowed ids", "regular expression"):
+        assert _only(written["ours"][case], "ids") != usual, case
+    assert all(150 <= i < 900 for ids in _only(written["ours"]["allowed ids"], "ids") for i in ids)
+    assert min(map(len, _only(written["ours"]["stop ids"], "ids"))) < 12
+    assert min(map(len, _only(written["ours"]["fewest tokens"], "ids"))) >= 12
+    for case in ("top-k of one", "top-k of one, top-p", "tiny top-p"):
+        assert _only(written["ours"][case], "ids") == usual
+
+
+@pytest.mark.parametrize("case", ["log probabilities", "log probabilities of the prompt"])
+def test_log_probabilities_are_those_of_plain_decoding(written, case):
+    def flat(described: list[dict]) -> list:
+        return [
+            (i, value)
+            for prompt in described
+            for positions in (
+                prompt["prompt_logprobs"],
+                *(output["logprobs"] for output in prompt["outputs"]),
+            )
+            for position in positions
+            for i, value in sorted((position or {}).items())
+        ]
+
+    expected, found = flat(written["plain"][case]), flat(written["ours"][case])
+    assert len(expected) > 40
+    assert [i for i, _ in found] == [i for i, _ in expected]
+    assert all(math.isclose(a, b, abs_tol=1e-3) for (_, a), (_, b) in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("case", SAMPLED)
+def test_sampled_requests_write_varied_text_of_the_length_asked_for(written, case):
+    outputs = _only(written["sampled"][case], "ids")
+    assert len(outputs) == len(PROMPTS) * SAMPLED[case].get("n", 1)
+    for ids in outputs:
+        assert len(ids) == MAX_TOKENS
+        assert len(set(ids)) > MAX_TOKENS / 4
+
+
+def test_a_lone_request_with_top_k_needs_no_proposals(written):
+    assert len(written["lone top-k"]["outputs"][0]["ids"]) == MAX_TOKENS
+
+
+def test_two_outputs_of_a_prompt_differ(written):
+    for prompt in written["sampled"]["two outputs"]:
+        first, second = prompt["outputs"]
+        assert first["ids"] != second["ids"]
+
+
+def test_proposals_for_sampled_requests_are_accepted(written):
+    assert 0 < written["counted"]["accepted"] < written["counted"]["proposed"]
+    assert written["faults"] == 0
+
+
+def test_a_seed_gives_the_same_output_again_and_another_seed_another(written):
+    for case in SAMPLED:
+        assert _only(written["sampled again"][case], "ids") == _only(written["sampled"][case], "ids"), case
+        assert _only(written["other seed"][case], "ids") != _only(written["sampled"][case], "ids"), case
+
+
+def test_log_probabilities_of_sampled_tokens_cover_every_token(written):
+    for prompt in written["sampled"]["log probabilities"]:
+        for output in prompt["outputs"]:
+            assert len(output["logprobs"]) == len(output["ids"])
+            assert all(
+                str(i) in position for i, position in zip(output["ids"], output["logprobs"], strict=True)
+            )
