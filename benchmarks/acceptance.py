@@ -97,9 +97,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         for start in range(0, len(job["prompts"]), job["group"]):
             prompts = job["prompts"][start : start + job["group"]]
             parameters = [
-                SamplingParams(
-                    temperature=temperature, max_tokens=job["tokens"], seed=start + i, ignore_eos=True
-                )
+                SamplingParams(temperature=temperature, max_tokens=job["tokens"], seed=start + i, ignore_eos=True)
                 for i in range(len(prompts))
             ]
             passes, began = count("vllm:inter_token_latency_seconds"), time.perf_counter()
@@ -136,9 +134,7 @@ def main() -> None:
     data = os.environ.get("TOKENTIMING_DATA")
     parser.add_argument("--target", default=str(root / "examples/models/target"))
     parser.add_argument("--draft", default=str(root / "examples/models/draft"))
-    parser.add_argument(
-        "--prompts", type=Path, default=Path(data) / "corpus" if data else None, required=data is None
-    )
+    parser.add_argument("--prompts", type=Path, default=Path(data) / "corpus" if data else None, required=data is None)
     parser.add_argument("--num-prompts", type=int, default=96)
     parser.add_argument("--characters", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=48)
@@ -212,13 +208,9 @@ def report(name: str, results: dict[str, Any], temperatures: list[float]) -> Non
         ratio, low, high = interval(rows)
         cells.append(f"{ratio:.2f} [{low:.2f}, {high:.2f}]")
     greedy = [
-        [r["target_ids"] for r in results[m]["rows"] if r["temperature"] == 0]
-        for m in (name, "plain")
-        if m in results
+        [r["target_ids"] for r in results[m]["rows"] if r["temperature"] == 0] for m in (name, "plain") if m in results
     ]
-    same = (
-        "" if len(greedy) < 2 or not greedy[0] else ("identical" if greedy[0] == greedy[1] else "DIFFERENT")
-    )
+    same = "" if len(greedy) < 2 or not greedy[0] else ("identical" if greedy[0] == greedy[1] else "DIFFERENT")
     if name == next(iter(results)):
         print("| method | " + " | ".join(f"T = {t:g}" for t in temperatures) + " | greedy output |")
         print("|---|" + "---|" * (len(temperatures) + 1))

@@ -74,9 +74,7 @@ def measure(vocab: int, batch: int, device: torch.device, repetitions: int) -> d
             q[row, 0] = transfer.later_row(probs[row], (row,))
 
     phases = {
-        "softmax and multinomial (what any draft pays)": lambda: torch.multinomial(
-            logits.softmax(-1), 1
-        ).tolist(),
+        "softmax and multinomial (what any draft pays)": lambda: torch.multinomial(logits.softmax(-1), 1).tolist(),
         "law": lambda: law(logits.clone(), sampling, log_prior),
         "draw": lambda: draw(probs, uniform).tolist(),
         "first rows": carry_over,

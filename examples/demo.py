@@ -229,8 +229,7 @@ def count(url: str, before: dict[str, float], generated: int) -> Counters:
         generated=since["vllm:generation_tokens_total"],
         # Each pass that gives a request tokens is timed once, whatever their number: the first as the time to
         # the first token, the others as a latency between tokens.
-        target_passes=since["vllm:time_to_first_token_seconds_count"]
-        + since["vllm:inter_token_latency_seconds_count"],
+        target_passes=since["vllm:time_to_first_token_seconds_count"] + since["vllm:inter_token_latency_seconds_count"],
         drafts=since.get("vllm:spec_decode_num_drafts_total", 0),
         proposed=since.get("vllm:spec_decode_num_draft_tokens_total", 0),
         accepted=since.get("vllm:spec_decode_num_accepted_tokens_total", 0),
@@ -288,9 +287,7 @@ def report(prompts: list[Prompt], method: str, speculative: Run, plain: Run) -> 
     total, counters = len(prompts), speculative.counters
     differ = differences(prompts, plain.one_at_a_time, speculative.one_at_a_time)
     differ_at_once = differences(prompts, plain.all_at_once, speculative.all_at_once)
-    ratios = sorted(
-        a.seconds / b.seconds for a, b in zip(plain.one_at_a_time, speculative.one_at_a_time, strict=True)
-    )
+    ratios = sorted(a.seconds / b.seconds for a, b in zip(plain.one_at_a_time, speculative.one_at_a_time, strict=True))
     low, middle, high = statistics.quantiles(ratios, n=4)
     at = ", ".join(f"{100 * accepted / max(counters.drafts, 1):.0f} %" for accepted in counters.accepted_at)
     per_pass = f"{counters.tokens_per_pass:.2f} (plain {plain.counters.tokens_per_pass:.2f})"

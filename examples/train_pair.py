@@ -59,11 +59,7 @@ def read_documents(paths: list[Path]) -> list[str]:
     """All documents of some `.txt` or `.txt.xz` files."""
     documents = []
     for path in paths:
-        with (
-            lzma.open(path, "rt", encoding="utf-8")
-            if path.suffix == ".xz"
-            else path.open(encoding="utf-8") as file
-        ):
+        with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8") as file:
             documents += [document for document in file.read().split(SEPARATOR) if document.strip()]
     return documents
 
@@ -101,17 +97,13 @@ def train_draft_tokenizer(documents: list[str], vocabulary: int) -> PreTrainedTo
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     room = vocabulary - len(special) - len(byte_tokens)
     if room < 2:
-        raise SystemExit(
-            f"a draft vocabulary of {vocabulary} has no room beside its {vocabulary - room} fixed tokens"
-        )
+        raise SystemExit(f"a draft vocabulary of {vocabulary} has no room beside its {vocabulary - room} fixed tokens")
 
     def with_rules(model: models.BPE) -> Tokenizer:
         tokenizer = Tokenizer(model)
         tokenizer.normalizer = normalizers.Replace(" ", "▁")
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"▁*[^▁\n]+|▁+|\n+"), behavior="isolated")
-        tokenizer.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        )
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
         return tokenizer
 
     learner = with_rules(models.BPE())
@@ -126,9 +118,7 @@ def train_draft_tokenizer(documents: list[str], vocabulary: int) -> PreTrainedTo
     # and merges only.
     learnt = json.loads(learner.to_str())["model"]
     merges = [tuple(merge) for merge in learnt["merges"]]
-    tokenizer = with_rules(
-        models.BPE(learnt["vocab"], merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
+    tokenizer = with_rules(models.BPE(learnt["vocab"], merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",
@@ -242,9 +232,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, object]]:
     parser.add_argument("--length", type=int, default=512, help="tokens in a window")
     parser.add_argument("--held-out", type=int, default=100, help="documents to measure on, not trained on")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
-    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     options = parser.parse_args(arguments)
 

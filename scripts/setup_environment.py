@@ -133,14 +133,10 @@ def verify(python: Path) -> None:
 def main() -> None:
     """Sets the environment up."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--venv", type=Path, default=ROOT / ".venv", help="default: .venv beside the Makefile"
-    )
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="default: .venv beside the Makefile")
     venv = parser.parse_args().venv
     if sys.version_info < (3, 11):  # noqa: UP036 (this file is run by whatever Python there is)
-        raise SystemExit(
-            f"This is Python {sys.version.split()[0]}, 3.11 is needed: make PYTHON=python3.12 ..."
-        )
+        raise SystemExit(f"This is Python {sys.version.split()[0]}, 3.11 is needed: make PYTHON=python3.12 ...")
     if not sys.platform.startswith("linux"):
         raise SystemExit("vLLM runs on Linux only.")
 

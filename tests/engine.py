@@ -123,9 +123,7 @@ def greedy(max_tokens: int = 24, **parameters: Any) -> Any:
 def generate(llm: Any, prompts: list[Any], parameters: Any) -> list[list[int]]:
     """The output ids of each prompt: a text, or a list of token ids."""
     requests = [prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt} for prompt in prompts]
-    return [
-        list(output.outputs[0].token_ids) for output in llm.generate(requests, parameters, use_tqdm=False)
-    ]
+    return [list(output.outputs[0].token_ids) for output in llm.generate(requests, parameters, use_tqdm=False)]
 
 
 def counters(llm: Any) -> dict[str, float]:

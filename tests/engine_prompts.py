@@ -31,11 +31,7 @@ def strange_ids() -> list[list[int]]:
     rng = random.Random(0)
     single = [[0], [1], [200], [VOCABULARY_SIZE - 1]]
     special = [[0, 0, 0], [rng.randrange(VOCABULARY_SIZE), 0, rng.randrange(VOCABULARY_SIZE)]]
-    return (
-        single
-        + special
-        + [[rng.randrange(VOCABULARY_SIZE) for _ in range(rng.randint(2, 60))] for _ in range(18)]
-    )
+    return single + special + [[rng.randrange(VOCABULARY_SIZE) for _ in range(rng.randint(2, 60))] for _ in range(18)]
 
 
 def long_ids(tokenizer: object, length: int, first: int = 0) -> list[int]:

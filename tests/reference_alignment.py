@@ -50,9 +50,7 @@ def spans(lengths: list[int]) -> list[set[int]]:
     return [set(range(end - length, end)) for end, length in zip(ends, lengths, strict=True)]
 
 
-def cheapest_path(
-    n: int, m: int, window: int, local_cost: Callable[[int, int], Fraction]
-) -> tuple[Fraction, Path]:
+def cheapest_path(n: int, m: int, window: int, local_cost: Callable[[int, int], Fraction]) -> tuple[Fraction, Path]:
     """The cheapest path from (0, 0) to (n - 1, m - 1) through cells with |i - j| <= max(window, |n - m|)."""
     band = max(window, abs(n - m))
 

@@ -123,9 +123,7 @@ def test_levenshtein_warps_match_the_oracle_in_the_narrowest_band(draft, surplus
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    pieces(4, words(max_size=3)), st.lists(words(max_size=3), min_size=34, max_size=70), st.integers(1, 80)
-)
+@given(pieces(4, words(max_size=3)), st.lists(words(max_size=3), min_size=34, max_size=70), st.integers(1, 80))
 def test_levenshtein_warps_match_the_oracle_when_one_side_has_far_more_tokens(short, long, window):
     assert_levenshtein_matches(short, long, window)
     assert_levenshtein_matches(long, short, window)
@@ -357,9 +355,7 @@ def test_a_window_below_one_is_refused(window):
         warp([b"a"], [b"a"], window=window)
 
 
-@pytest.mark.parametrize(
-    "sides", [(["a"], [b"a"]), ([b"a"], [bytearray(b"a")]), (b"ab", [b"a"]), ([b"a"], [None])]
-)
+@pytest.mark.parametrize("sides", [(["a"], [b"a"]), ([b"a"], [bytearray(b"a")]), (b"ab", [b"a"]), ([b"a"], [None])])
 def test_pieces_that_are_not_bytes_are_refused(sides):
     with pytest.raises(TypeError):
         warp(*sides)

@@ -36,9 +36,7 @@ def _everything_printed():
             printed.append(sink.read().decode())
 
 
-def _expand_by_hand(
-    values: list[float], counts: list[int], replace_from: float, replace_to: float
-) -> list[float]:
+def _expand_by_hand(values: list[float], counts: list[int], replace_from: float, replace_to: float) -> list[float]:
     expanded = []
     for value, count in zip(values, counts, strict=True):
         for _ in range(count):
@@ -133,8 +131,7 @@ def try_everything() -> dict:
     result["empty top-k"] = _what_happens(topk_topp_sampler.apply_top_k_only, empty, k)
     # By the way that the rejection sampler goes.
     result["empty top-k and top-p"] = [
-        _what_happens(topk_topp_sampler.apply_top_k_top_p_pytorch, empty.clone(), k, p)
-        for p in (None, torch.empty(0))
+        _what_happens(topk_topp_sampler.apply_top_k_top_p_pytorch, empty.clone(), k, p) for p in (None, torch.empty(0))
     ]
     kept = topk_topp_sampler.apply_top_k_only(logits.clone(), torch.tensor([1, 5, 16], dtype=torch.int32))
     result["kept"], result["kept by hand"] = (kept > -torch.inf).tolist(), _top_k_by_hand(logits, [1, 5, 16])

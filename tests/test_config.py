@@ -137,12 +137,7 @@ def test_a_setting_unlike_any_other_is_refused_with_all_there_are():
 
 
 values = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=5)
-    | st.lists(st.integers(), max_size=2)
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers(), max_size=2)
 )
 keys = st.sampled_from([*TokenTimingConfig.model_fields]) | st.text(max_size=12) | st.integers()
 
@@ -163,9 +158,7 @@ def test_whatever_is_given_it_is_read_or_refused_in_one_line(model, others):
     except SettingsError as error:
         message = str(error)
         assert "\n" not in message and message.startswith("tokentiming")
-        assert '"model"' in message or any(
-            str(key) in message or repr(key) in message for key in given_settings
-        )
+        assert '"model"' in message or any(str(key) in message or repr(key) in message for key in given_settings)
     else:
         assert all(getattr(config, str(key)) == value for key, value in given_settings.items())
 
@@ -200,15 +193,11 @@ def test_a_setting_that_nobody_knows_is_left_to_us_to_refuse():
 
 
 def test_the_rejection_method_is_vllms():
-    vllm_part, ours = split_speculative_config(
-        {"num_speculative_tokens": 1, "rejection_sample_method": "standard"}
-    )
+    vllm_part, ours = split_speculative_config({"num_speculative_tokens": 1, "rejection_sample_method": "standard"})
     assert vllm_part["rejection_sample_method"] == "standard" and ours == {}
 
 
-@pytest.mark.parametrize(
-    "num", [{}, *({"num_speculative_tokens": bad} for bad in (None, 0, -2, "5", 2.0, True))]
-)
+@pytest.mark.parametrize("num", [{}, *({"num_speculative_tokens": bad} for bad in (None, 0, -2, "5", 2.0, True))])
 def test_without_a_number_of_proposals_the_refusal_says_which_is_good(num):
     with pytest.raises(SettingsError) as caught:
         split_speculative_config({"method": "tokentiming", "model": "some/draft", **num})

@@ -131,9 +131,7 @@ def target_next(
     proposed = [] if drafted is None else drafted.proxy.target_ids
     num_accepted = len(proposed) if rng.random() < 0.5 else rng.randint(0, len(proposed))
     accepted = pair.target.token_bytes.decode(proposed[:num_accepted])
-    own = pair.target.encoder.encode(data[len(accepted) :][:60] if data.startswith(accepted) else data[:60])[
-        :1
-    ]
+    own = pair.target.encoder.encode(data[len(accepted) :][:60] if data.startswith(accepted) else data[:60])[:1]
     if not own or rng.random() < 0.1:
         own = [int(rng.choice(np.flatnonzero(pair.target.token_bytes.lengths)))]
     return proposed[:num_accepted] + own, num_accepted
@@ -167,9 +165,7 @@ def test_after_every_step_the_draft_has_read_what_the_target_has_committed(names
 
 
 @exact_pairs
-def test_after_every_step_the_draft_has_read_what_the_target_has_committed_in_every_language(
-    names, languages
-):
+def test_after_every_step_the_draft_has_read_what_the_target_has_committed_in_every_language(names, languages):
     pair = load_pair(*names)
     for name, text in parts_of(languages, 90, "-".join(names)).items():
         follower = follow(pair, text.encode(), random.Random(name))

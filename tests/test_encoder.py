@@ -181,9 +181,7 @@ def test_texts_of_every_language_cut_anywhere_are_encoded_as_if_at_once(name, la
 
 UNCUT = {
     "one letter": b"a" * 5000,
-    "base64": bytes(
-        random.Random(0).choices(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz", k=5000)
-    ),
+    "base64": bytes(random.Random(0).choices(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz", k=5000)),
     "spaces": b" " * 5000,
     "line ends": b"\n" * 5000,
     "ideographs": "".join(random.Random(0).choices("世界人権宣言我的你是", k=2000)).encode(),
@@ -254,9 +252,7 @@ def test_lossy_encoders_write_what_they_can_with_ordinary_tokens_and_leave_out_t
 
 @pytest.mark.parametrize("name", cases(LOSSY))
 def test_a_lossy_encoder_writes_what_its_tokenizer_writes_but_for_unk(name, languages):
-    unknown = {
-        i for i, text in load_vocabulary(name).token_bytes.special.items() if text in ("<unk>", "[UNK]")
-    }
+    unknown = {i for i, text in load_vocabulary(name).token_bytes.special.items() if text in ("<unk>", "[UNK]")}
     assert unknown
     for language, text in languages.items():
         known = [i for i in own_ids(name, text[:2000]) if i not in unknown]

@@ -82,9 +82,7 @@ def write_in_all_ways() -> dict:
 
     def together(chunk: int) -> list[list[int]]:
         sequences = Sequences(model, prompts)
-        while any(
-            len(ids) < length + NUM_WRITTEN for ids, length in zip(sequences.ids, num_prompts, strict=True)
-        ):
+        while any(len(ids) < length + NUM_WRITTEN for ids, length in zip(sequences.ids, num_prompts, strict=True)):
             for index, next_id in sequences.read(chunk).items():
                 sequences.ids[index].append(next_id)
         return written(sequences)

@@ -72,9 +72,7 @@ def broken():
     return engine.in_fresh_process(break_everything)
 
 
-KINDS = pytest.mark.parametrize(
-    "kind", ["pass of the draft", "tokenizer of the target", "tokenizer of the draft"]
-)
+KINDS = pytest.mark.parametrize("kind", ["pass of the draft", "tokenizer of the target", "tokenizer of the draft"])
 
 
 @KINDS

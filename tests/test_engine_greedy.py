@@ -61,9 +61,7 @@ def write_in_bfloat16(prompts: list[str]) -> dict:
             continue
         ids = plain.get_tokenizer().encode(prompt) + left[:first]
         parameters = engine.greedy(1, logprobs=20)
-        logprobs = (
-            plain.generate({"prompt_token_ids": ids}, parameters, use_tqdm=False)[0].outputs[0].logprobs[0]
-        )
+        logprobs = plain.generate({"prompt_token_ids": ids}, parameters, use_tqdm=False)[0].outputs[0].logprobs[0]
         best = max(entry.logprob for entry in logprobs.values())
         chosen = logprobs.get(right[first])
         gaps.append(best - chosen.logprob if chosen else 100.0)
@@ -102,9 +100,7 @@ def test_proposals_are_accepted_and_save_passes_of_the_target(written, batch):
 def test_outputs_reach_the_maximum_length_and_end_there(written):
     for outputs in (written["plain"], written["batch of 16"], written["batch of 1"]):
         lengths = [len(output) for output in outputs["outputs"]["long"]]
-        assert [a + b for a, b in zip(written["long lengths"], lengths, strict=True)] == [
-            MAX_MODEL_LEN
-        ] * len(lengths)
+        assert [a + b for a, b in zip(written["long lengths"], lengths, strict=True)] == [MAX_MODEL_LEN] * len(lengths)
 
 
 def test_bfloat16_differs_from_plain_decoding_only_at_near_ties():

@@ -75,9 +75,7 @@ def front_end(monkeypatch):
 
         defaults = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True}
         given = {**defaults, **arguments}
-        return EngineArgs(
-            engine.TARGET, speculative_config=speculative_config, **given
-        ).create_engine_config()
+        return EngineArgs(engine.TARGET, speculative_config=speculative_config, **given).create_engine_config()
 
     yield read
     monkeypatch.undo()
@@ -198,9 +196,7 @@ def test_an_encoder_is_refused_as_a_draft(front_end, tmp_path):
     )
     config.architectures = ["BertModel"]
     config.save_pretrained(folder)
-    _refused(
-        front_end, engine.speculation(model=folder), f"cannot use {folder!r}", "decoder-only language model"
-    )
+    _refused(front_end, engine.speculation(model=folder), f"cannot use {folder!r}", "decoder-only language model")
 
 
 def test_a_pooling_model_is_refused_as_a_target(front_end):

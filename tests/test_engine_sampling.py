@@ -213,6 +213,4 @@ def test_log_probabilities_of_sampled_tokens_cover_every_token(written):
     for prompt in written["sampled"]["log probabilities"]:
         for output in prompt["outputs"]:
             assert len(output["logprobs"]) == len(output["ids"])
-            assert all(
-                str(i) in position for i, position in zip(output["ids"], output["logprobs"], strict=True)
-            )
+            assert all(str(i) in position for i, position in zip(output["ids"], output["logprobs"], strict=True))

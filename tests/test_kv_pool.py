@@ -42,9 +42,7 @@ def held(pool: KVPool, row: int) -> list[int]:
 
 
 actions = st.lists(
-    st.tuples(
-        st.sampled_from(["open", "grow", "grow", "shrink", "close"]), st.integers(0, 2), st.integers(0, 30)
-    ),
+    st.tuples(st.sampled_from(["open", "grow", "grow", "shrink", "close"]), st.integers(0, 2), st.integers(0, 30)),
     max_size=40,
 )
 

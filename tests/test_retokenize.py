@@ -129,9 +129,7 @@ def test_the_drafted_tokens_that_stand_are_those_up_to_the_last_common_end_withi
         for num_draft in range(len(drafted) + 1):
             # A special token has no bytes, so its end is told by the tokens.
             both_ended = proxy.ended and num_target == len(proxy.target_ids) and num_draft == len(drafted)
-            neither_ended = not proxy.ended or (
-                num_target < len(proxy.target_ids) and num_draft < len(drafted)
-            )
+            neither_ended = not proxy.ended or (num_target < len(proxy.target_ids) and num_draft < len(drafted))
             if draft_ends[num_draft] == target_ends[num_target] and (both_ended or neither_ended):
                 expected = (num_draft, num_target)
     assert aligned_draft_tokens(align(pair, drafted, proxy), accepted) == expected

@@ -48,9 +48,7 @@ class Server:
         """A counter of the metrics page, added up over its labels."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as page:
             lines = page.read().decode().splitlines()
-        return sum(
-            float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name}{{", f"{name} "))
-        )
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
 
 
 def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
@@ -115,9 +113,7 @@ def test_concurrent_clients_get_what_a_client_alone_gets(server, alone):
 def test_concurrent_streams_and_sampled_requests_disturb_nobody(server, alone):
     def ask(index: int) -> str:
         if index % 2:
-            return server.complete(
-                PROMPTS[index], temperature=0.9, top_p=0.95, extra_body={"top_k": 20 + index}
-            )
+            return server.complete(PROMPTS[index], temperature=0.9, top_p=0.95, extra_body={"top_k": 20 + index})
         return server.complete(PROMPTS[index], stream=True)
 
     with ThreadPoolExecutor(NUM_CLIENTS) as clients:

@@ -15,9 +15,7 @@ def special(*texts: str, bos: str | None = None, eos: str | None = None, first_i
     return SpecialTokens.of(token_bytes, None if bos is None else ids[bos], None if eos is None else ids[eos])
 
 
-def crossing(
-    target: SpecialTokens, draft: SpecialTokens, **overrides
-) -> tuple[dict[str, str], dict[str, str]]:
+def crossing(target: SpecialTokens, draft: SpecialTokens, **overrides) -> tuple[dict[str, str], dict[str, str]]:
     """Both directions of the map, by text."""
     special_map = SpecialMap.between(target, draft, overrides, "text")
     target_text = {i: text for text, i in target.by_text.items()}

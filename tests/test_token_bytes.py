@@ -210,9 +210,7 @@ RANKS = {bytes([byte]): byte for byte in range(256)} | {
     b" the": 258,
     b"\xe4\xb8": 259,
 }
-TIKTOKEN = tiktoken.Encoding(
-    "tiny", pat_str=r" ?\S+|\s+", mergeable_ranks=RANKS, special_tokens={"<|end|>": 260}
-)
+TIKTOKEN = tiktoken.Encoding("tiny", pat_str=r" ?\S+|\s+", mergeable_ranks=RANKS, special_tokens={"<|end|>": 260})
 
 
 @given(st.text())
@@ -282,16 +280,12 @@ def test_real_vocabularies_all_have_different_fingerprints():
 
 
 token_pieces = st.dictionaries(st.integers(0, 6), st.binary(max_size=2), max_size=5)
-special_texts = st.dictionaries(
-    st.integers(0, 6), st.sampled_from(["", "a", "61", "a\n", "\n1a"]), max_size=3
-)
+special_texts = st.dictionaries(st.integers(0, 6), st.sampled_from(["", "a", "61", "a\n", "\n1a"]), max_size=3)
 
 
 @given(token_pieces, special_texts, token_pieces, special_texts, st.integers(0, 8))
 @settings(deadline=None, max_examples=200)
-def test_fingerprints_are_equal_exactly_when_every_id_means_the_same(
-    pieces, special, others, other_special, head
-):
+def test_fingerprints_are_equal_exactly_when_every_id_means_the_same(pieces, special, others, other_special, head):
     left = TokenBytes(pieces, special, VocabularyKind.PLAIN, head)
     right = TokenBytes(others, other_special, VocabularyKind.PLAIN, head)
     same = (left.pieces, left.special) == (right.pieces, right.special)

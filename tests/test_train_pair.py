@@ -47,9 +47,7 @@ def pair(tmp_path_factory):
     spec.loader.exec_module(train_pair)
     folder = tmp_path_factory.mktemp("pair")
     write_text(folder / "text.txt")
-    tiny = (
-        "--target-vocabulary 320 --target-width 64 --target-layers 1 --draft-vocabulary 300 --draft-width 64"
-    )
+    tiny = "--target-vocabulary 320 --target-width 64 --target-layers 1 --draft-vocabulary 300 --draft-width 64"
     tiny += " --draft-layers 1 --steps 30 --batch 4 --length 64 --device cpu"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # Matrices this small wait for the other threads longer than they compute.
@@ -91,9 +89,7 @@ def test_saved_model_loads_and_generates(pair, side):
 
 
 def test_vocabularies_differ(pair):
-    target, draft = (
-        set(AutoTokenizer.from_pretrained(pair[0] / side).get_vocab()) for side in ("target", "draft")
-    )
+    target, draft = (set(AutoTokenizer.from_pretrained(pair[0] / side).get_vocab()) for side in ("target", "draft"))
     assert target - draft and draft - target
 
 

@@ -111,9 +111,7 @@ def warp(
             within the length of the shorter one.
     """
     if window < 1:
-        raise ValueError(
-            f"window is the half-width of the band in tokens and must be at least 1, got {window}"
-        )
+        raise ValueError(f"window is the half-width of the band in tokens and must be at least 1, got {window}")
     if not isinstance(cost, LocalCost):
         raise TypeError(f"cost must be a LocalCost, got {cost!r}")
     return Warp(*_dtw.warp(draft_pieces, target_pieces, window, cost is LocalCost.OVERLAP))

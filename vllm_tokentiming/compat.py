@@ -20,7 +20,11 @@ TESTED_VERSIONS = ("0.32.0",)
 
 # What we call or wrap, and the parameters that we pass by name or position.
 _REQUIRED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("vllm.engine.arg_utils", "EngineArgs.create_speculative_config", ("target_model_config", "target_parallel_config")),
+    (
+        "vllm.engine.arg_utils",
+        "EngineArgs.create_speculative_config",
+        ("target_model_config", "target_parallel_config"),
+    ),
     (
         "vllm.v1.worker.gpu_model_runner",
         "GPUModelRunner.propose_draft_token_ids",

@@ -101,9 +101,13 @@ class TokenTimingConfig(BaseModel):
             return config
         key = str(first["loc"][0])
         if first["type"] == "extra_forbidden":
-            raise SettingsError(f"tokentiming does not know the setting {key!r}{_suggestion(key, list(cls.model_fields))}.")
+            raise SettingsError(
+                f"tokentiming does not know the setting {key!r}{_suggestion(key, list(cls.model_fields))}."
+            )
         if first["type"] == "missing":
-            raise SettingsError('tokentiming needs a draft model: set "model" to a local folder or a Hugging Face name.')
+            raise SettingsError(
+                'tokentiming needs a draft model: set "model" to a local folder or a Hugging Face name.'
+            )
         raise SettingsError(f"tokentiming: {key} is {settings[key]!r}; {_lower_first(first['msg'])}.")
 
 

@@ -38,7 +38,11 @@ def register() -> None:
             return original(self, target_model_config, target_parallel_config)
         given = {key.replace("-", "_"): value for key, value in given.items()}
         # vLLM's shorthand options for the same three keys.
-        for option, key in (("spec_method", "method"), ("spec_model", "model"), ("spec_tokens", "num_speculative_tokens")):
+        for option, key in (
+            ("spec_method", "method"),
+            ("spec_model", "model"),
+            ("spec_tokens", "num_speculative_tokens"),
+        ):
             if getattr(self, option, None) is not None:
                 given[key] = getattr(self, option)
                 setattr(self, option, None)

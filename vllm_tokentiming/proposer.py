@@ -79,8 +79,8 @@ class TokenTimingProposer:
         max_q_bytes = int(self._settings.q_memory_gib * (1 << 30))
         if not compat.verifier_takes_q():
             logger.warning(
-                "TokenTiming: this vLLM takes no proposal probabilities from a plugin, so sampled requests are verified "
-                "as one-hot: exact as well, but fewer of their proposals will be accepted."
+                "TokenTiming: this vLLM takes no proposal probabilities from a plugin, so sampled requests are "
+                "verified as one-hot: exact as well, but fewer of their proposals will be accepted."
             )
             max_q_bytes = 0
         writer = Writer(

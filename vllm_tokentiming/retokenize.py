@@ -68,7 +68,9 @@ def align(pair: VocabularyPair, drafted_ids: Sequence[int], proxy: Proxy) -> npt
     # The special token at the end has no bytes; it is its own block.
     num_draft, num_target = len(drafted_ids) - proxy.ended, len(proxy.target_ids) - proxy.ended
     if pair.exact:
-        blocks = span_blocks(draft_bytes.lengths[drafted_ids[:num_draft]], target_bytes.lengths[proxy.target_ids[:num_target]])
+        blocks = span_blocks(
+            draft_bytes.lengths[drafted_ids[:num_draft]], target_bytes.lengths[proxy.target_ids[:num_target]]
+        )
     else:
         draft_pieces = [draft_bytes[i] for i in drafted_ids[:num_draft]]
         target_pieces = [target_bytes[i] for i in proxy.target_ids[:num_target]]

@@ -17,7 +17,7 @@ from typing import Literal
 from vllm_tokentiming.token_bytes import TokenBytes
 
 
-class Role(str, Enum):
+class Role(Enum):
     """What a special token means."""
 
     BEGIN = "begin of text"

@@ -28,7 +28,7 @@ METASPACE = "▁"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-class VocabularyKind(str, Enum):
+class VocabularyKind(Enum):
     """How a vocabulary spells bytes."""
 
     BYTE_LEVEL = "byte-level"
@@ -66,7 +66,9 @@ class TokenBytes:
         fingerprint: Hex digest; equal for two vocabularies only if every id means the same in both.
     """
 
-    def __init__(self, pieces: Mapping[int, bytes], special: Mapping[int, str], kind: VocabularyKind, head_size: int) -> None:
+    def __init__(
+        self, pieces: Mapping[int, bytes], special: Mapping[int, str], kind: VocabularyKind, head_size: int
+    ) -> None:
         """Collect a vocabulary.
 
         Args:

@@ -21,7 +21,11 @@ import numpy.typing as npt
 
 from vllm_tokentiming.pair import VocabularyPair
 
-_UTF8_LENGTH = {**dict.fromkeys(range(0xC2, 0xE0), 2), **dict.fromkeys(range(0xE0, 0xF0), 3), **dict.fromkeys(range(0xF0, 0xF5), 4)}
+_UTF8_LENGTH = {
+    **dict.fromkeys(range(0xC2, 0xE0), 2),
+    **dict.fromkeys(range(0xE0, 0xF0), 3),
+    **dict.fromkeys(range(0xF0, 0xF5), 4),
+}
 
 
 def incomplete_tail(data: bytes) -> int:

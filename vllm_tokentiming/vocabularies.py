@@ -56,14 +56,14 @@ def _vocabulary(model: ModelConfig, role: str) -> Vocabulary:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise SettingsError(
-            f"tokentiming cannot read the {role}'s tokenizer {model.tokenizer!r} ({type(tokenizer).__name__}): it has no "
-            f"tokenizer.json; convert it to a fast tokenizer{hint}."
+            f"tokentiming cannot read the {role}'s tokenizer {model.tokenizer!r} ({type(tokenizer).__name__}): it has "
+            f"no tokenizer.json; convert it to a fast tokenizer{hint}."
         )
     head_size = model.get_vocab_size()
     vocabulary = Vocabulary.of(backend, head_size, tokenizer.bos_token_id, tokenizer.eos_token_id)
     if any(vocabulary.token_bytes.pieces[head_size:]):
         raise SettingsError(
-            f"tokentiming: the {role}'s tokenizer {model.tokenizer!r} has {vocabulary.token_bytes.size} ids, its model only "
-            f"{head_size}; choose the tokenizer that the model was trained with{hint}."
+            f"tokentiming: the {role}'s tokenizer {model.tokenizer!r} has {vocabulary.token_bytes.size} ids, its "
+            f"model only {head_size}; choose the tokenizer that the model was trained with{hint}."
         )
     return vocabulary

@@ -5,7 +5,7 @@
 | ``tokentiming`` | drafts greedily, re-encodes the text | draws from ``Q``, transducer | push-forward of ``Q`` |
 | ``slem`` | the same | drafts greedily, re-encodes the text | one-hot |
 | ``tli`` | drafts greedily in the intersection | draws from ``Q`` in the intersection | ``Q``, renamed |
-| ``tokentiming-paper`` | as ``tokentiming`` | draws from ``Q``, re-encodes the text | **not exact**: the published one |
+| ``tokentiming-paper`` | as ``tokentiming`` | draws from ``Q``, re-encodes the text | **not exact**: as published |
 
 A sampled request whose proposals vLLM may cut by looking at them (structured output) is drafted as ``slem`` does under
 every strategy but ``tli``, where its proposals are the greedy ones, too: one-hot ``q`` is exact whatever is cut.
@@ -191,7 +191,9 @@ class Writer:
 
     def _fill_published(self, draft: Draft) -> None:
         assert self.q is not None
-        for draft_start, draft_end, target_start, target_end in align(self._pair, draft.draft_ids, draft.proxy).tolist():
+        for draft_start, draft_end, target_start, target_end in align(
+            self._pair, draft.draft_ids, draft.proxy
+        ).tolist():
             for position in range(target_start, min(target_end, draft.max_proposals)):
                 aligned = min(draft_start + position - target_start, draft_end - 1)
                 self.q[draft.row, position] = self._transfer.paper_row(

@@ -23,8 +23,6 @@ def kv_budget_bytes(device: torch.device, vllm_config: VllmConfig) -> int:
     cache = vllm_config.cache_config
     if cache.kv_cache_memory_bytes is not None:
         return int(cache.kv_cache_memory_bytes) // 4
-    if device.type == "cpu":
-        total = psutil.virtual_memory().total
-    else:
-        total = torch.accelerator.get_memory_info(device)[1]
+    on_cpu = device.type == "cpu"
+    total = psutil.virtual_memory().total if on_cpu else torch.accelerator.get_memory_info(device)[1]
     return int(total * cache.gpu_memory_utilization) // 10

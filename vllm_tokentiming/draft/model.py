@@ -142,8 +142,8 @@ class DraftModel:
             wanted = int(settings.kv_memory_gib * _GIB)
         if wanted < least:
             raise SettingsError(
-                f"tokentiming: kv_memory_gib is {settings.kv_memory_gib}, but one request of {self.max_model_len} draft "
-                f"tokens needs {least / _GIB:.3f}; raise kv_memory_gib or lower max_model_len."
+                f"tokentiming: kv_memory_gib is {settings.kv_memory_gib}, but one request of {self.max_model_len} "
+                f"draft tokens needs {least / _GIB:.3f}; raise kv_memory_gib or lower max_model_len."
             )
         if wanted > (free := available_bytes(self.device)):
             raise SettingsError(
@@ -206,7 +206,10 @@ class DraftModel:
             slot_mappings=slots.unsqueeze(0),
             kv_cache_config=self._kv_config,
         )
-        input_ids, device_positions = self._upload(self._input_ids, num_tokens), self._upload(self._positions, num_tokens)
+        input_ids, device_positions = (
+            self._upload(self._input_ids, num_tokens),
+            self._upload(self._positions, num_tokens),
+        )
         if self.device.type != "cpu":
             self._uploaded = self._uploaded or torch.Event(self.device.type)
             self._uploaded.record()

@@ -44,7 +44,7 @@ def draft_model_config(settings: TokenTimingConfig, target: ModelConfig) -> Mode
         )
     except (OSError, ValueError, KeyError) as error:
         raise SettingsError(
-            f"tokentiming cannot use {settings.model!r} as the draft model; set \"model\" to a decoder-only language "
+            f'tokentiming cannot use {settings.model!r} as the draft model; set "model" to a decoder-only language '
             f"model that vLLM can generate with. vLLM says: {_first_line(error)}"
         ) from error
     for what, is_it in (
