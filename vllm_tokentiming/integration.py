@@ -65,7 +65,9 @@ def install() -> None:
     ) -> Any:
         if not _is_ours(self.drafter):
             return propose(self, scheduler_output, sampled_token_ids, sampling_metadata, *args, **kwargs)
-        self.drafter.batch = _take_over(self, scheduler_output, sampled_token_ids)
+        self.drafter.batch = []
+        with self.drafter.guard():
+            self.drafter.batch = _take_over(self, scheduler_output, sampled_token_ids)
         proposed = propose(self, scheduler_output, sampled_token_ids, sampling_metadata, *args, **kwargs)
         # The rejection sampler reads these two in the next step, whoever set them; without them, one-hot.
         self._draft_probs = self.drafter.proposals.q

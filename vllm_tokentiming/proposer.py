@@ -6,8 +6,9 @@ away, and the next step starts afresh.
 
 from __future__ import annotations
 
+import contextlib
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -123,18 +124,24 @@ class TokenTimingProposer:
         """
         assert self._drafter is not None
         self.proposals = Proposals([[] for _ in sampled_token_ids])
-        if len(self.batch) != len(sampled_token_ids):  # A warm-up run of vLLM's.
-            return self.proposals.target_ids
+        if len(self.batch) == len(sampled_token_ids):  # Not so in a warm-up run of vLLM's, or after a fault.
+            with self.guard():
+                self.proposals = self._drafter.propose(self.batch)
+        return self.proposals.target_ids
+
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """Let nothing that fails in here reach the engine: log it, once per place, and forget every draft."""
         try:
-            self.proposals = self._drafter.propose(self.batch)
+            yield
         except Exception as error:
-            self._drafter.release_all()
+            if self._drafter is not None:
+                self._drafter.release_all()
             where = traceback.extract_tb(error.__traceback__)[-1]
             kind = f"{type(error).__name__} in {where.filename}, line {where.lineno}"
             if kind not in self._faults:
                 self._faults.add(kind)
                 logger.exception("TokenTiming failed to draft; these requests go on without proposals in this step.")
-        return self.proposals.target_ids
 
     def release(self, request_ids: Iterable[str]) -> None:
         """Forget requests that finished, were aborted or preempted."""

@@ -7,6 +7,9 @@ pending what each draft token emits is a fixed table.
 **Why at once.** A proposal is worth as much as its law ``q`` resembles the target's. Waiting for more draft tokens
 makes the proposal depend on its own first pieces, which the verifier must be told, and ``q`` shrinks to a point.
 
+**The same vocabulary on both sides.** Every draft token is then the target token of the same id, also one that ends
+inside a character: the draft writes such a token where the target would, too. So nothing waits, and ``q`` is ``Q``.
+
 **What the table is for.** The law of an emission's first token is the push-forward of the draft's own law through
 ``first``; that of a later token is the same over ``alternatives``: the draft tokens whose emission begins alike and
 goes on.
@@ -60,6 +63,11 @@ class Transducer:
         self.count: npt.NDArray[np.int32] = np.zeros(len(self.draftable), dtype=np.int32)
         self._emissions: list[tuple[int, ...]] = [()] * len(self.draftable)
         target_bytes, draft_bytes = pair.target.token_bytes, pair.draft.token_bytes
+        # Not by fingerprint: one head may have more padding rows than the other.
+        self._same = draft_bytes.special == target_bytes.special and all(
+            i < target_bytes.size and draft_bytes.pieces[i] == target_bytes.pieces[i]
+            for i in np.flatnonzero(self.draftable).tolist()
+        )
         for draft_id in np.flatnonzero(self.draftable).tolist():
             target_ids, pending = self.emit(b"", draft_id)
             if one_to_one and (
@@ -85,6 +93,8 @@ class Transducer:
         Returns:
             The target ids that are final now, and the bytes that are pending then.
         """
+        if self._same:
+            return [draft_id], b""
         special = self._pair.special.to_target.get(draft_id)
         if special is None and not pending and self.count[draft_id]:
             return list(self._emissions[draft_id]), b""
