@@ -9,7 +9,7 @@ from engine_prompts import texts
 pytestmark = pytest.mark.engine
 
 # Calls that fail. A step has one pass that reads and several that write, so that both kinds are among them.
-CALLS = (2, 4, 9, 15, 40)
+CALLS = (2, 4, 9, 15, 25)
 
 
 class Broken:
@@ -19,7 +19,7 @@ class Broken:
         self._owner, self._name, self._whole = owner, name, getattr(owner, name)
         self.num_calls = self.num_raised = 0
         self._error = type(f"Broken_{name}", (RuntimeError,), {})  # Another kind of fault for each method.
-        object.__setattr__(owner, name, self)
+        setattr(owner, name, self)
 
     def __call__(self, *arguments, **keywords):
         self.num_calls += 1
@@ -29,11 +29,13 @@ class Broken:
         return self._whole(*arguments, **keywords)
 
     def mend(self) -> None:
-        object.__setattr__(self._owner, self._name, self._whole)
+        setattr(self._owner, self._name, self._whole)
 
 
 def break_everything() -> dict:
     """In a fresh process: the same prompts while one thing after the other fails now and then."""
+    from vllm_tokentiming import integration
+
     prompts = texts(None)[::13]
     plain = engine.start()
     result: dict = {"plain": engine.generate(plain, prompts, engine.greedy(32))}
@@ -57,6 +59,7 @@ def break_everything() -> dict:
         ("pass of the draft", drafter._model, "forward"),
         ("tokenizer of the target", drafter._pair.target.encoder, "encode"),
         ("tokenizer of the draft", drafter._pair.draft.encoder, "encode_tail"),
+        ("reading of vLLM's state", integration, "_take_over"),
     ):
         broken = Broken(owner, name)
         result[kind] = write() | {"raised": broken.num_raised}
@@ -72,7 +75,10 @@ def broken():
     return engine.in_fresh_process(break_everything)
 
 
-KINDS = pytest.mark.parametrize("kind", ["pass of the draft", "tokenizer of the target", "tokenizer of the draft"])
+KINDS = pytest.mark.parametrize(
+    "kind",
+    ["pass of the draft", "tokenizer of the target", "tokenizer of the draft", "reading of vLLM's state"],
+)
 
 
 @KINDS
