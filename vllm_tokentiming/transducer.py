@@ -62,6 +62,7 @@ class Transducer:
         self.first: npt.NDArray[np.int64] = np.full(len(self.draftable), -1, dtype=np.int64)
         self.count: npt.NDArray[np.int32] = np.zeros(len(self.draftable), dtype=np.int32)
         self._emissions: list[tuple[int, ...]] = [()] * len(self.draftable)
+        self._left_pending: dict[int, bytes] = {}  # What an emission with nothing pending leaves, if anything.
         target_bytes, draft_bytes = pair.target.token_bytes, pair.draft.token_bytes
         # Not by fingerprint: one head may have more padding rows than the other.
         self._same = draft_bytes.special == target_bytes.special and all(
@@ -81,6 +82,8 @@ class Transducer:
             self.count[draft_id] = len(target_ids)
             if target_ids:
                 self.first[draft_id] = target_ids[0]
+            if pending:
+                self._left_pending[draft_id] = pending
         self._longer: dict[tuple[int, ...], tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = {}
 
     def emit(self, pending: bytes, draft_id: int) -> tuple[list[int], bytes]:
@@ -97,7 +100,7 @@ class Transducer:
             return [draft_id], b""
         special = self._pair.special.to_target.get(draft_id)
         if special is None and not pending and self.count[draft_id]:
-            return list(self._emissions[draft_id]), b""
+            return list(self._emissions[draft_id]), self._left_pending.get(draft_id, b"")
         data = pending + self._pair.draft.token_bytes[draft_id]
         encoder = self._pair.target.encoder
         if special is not None:

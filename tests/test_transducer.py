@@ -1,0 +1,153 @@
+"""The online transducer and the alignment prior, held to plain oracles."""
+
+import numpy as np
+import pytest
+from conftest import EMBEDDED, EXACT, cases, load_pair, texts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_tokentiming.prior import AlignmentPrior
+from vllm_tokentiming.special_tokens import Role
+from vllm_tokentiming.transducer import Transducer, incomplete_tail
+
+PAIRS = [EMBEDDED, ("qwen2.5", "llama2"), ("llama3", "gpt2"), ("llama2", "mistral_tekken")]
+
+
+@pytest.fixture(scope="module", params=cases(PAIRS), ids=lambda pair: " from ".join(pair))
+def transducer(request):
+    return Transducer(load_pair(*request.param))
+
+
+def ordinary_ids(transducer):
+    return np.flatnonzero(transducer._pair.draft.token_bytes.lengths > 0).tolist()
+
+
+@given(st.binary(max_size=8) | texts.map(lambda text: text.encode()[-6:]))
+def test_an_incomplete_tail_is_what_more_bytes_can_complete(data):
+    waiting = incomplete_tail(data)
+    assert 0 <= waiting <= 3
+    tail = data[len(data) - waiting :]
+    endings = [b"", b"\x80", b"\x80\x80", b"\x80\x80\x80", b"\x90\x80", b"\x90\x80\x80", b"\xa0\x80", b"\xbf\xbf"]
+
+    def completes(part):
+        return any(is_text(part + ending) for ending in endings[1:]) and not is_text(part)
+
+    if waiting:
+        assert completes(tail)
+    else:
+        assert not any(completes(data[start:]) for start in range(max(0, len(data) - 3), len(data)))
+
+
+def is_text(data):
+    try:
+        return len(data.decode()) == 1
+    except UnicodeDecodeError:
+        return False
+
+
+def test_what_is_emitted_and_what_is_pending_spell_what_was_drafted(transducer):
+    ids = ordinary_ids(transducer)
+    draft_bytes, target_bytes = transducer._pair.draft.token_bytes, transducer._pair.target.token_bytes
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.lists(st.sampled_from(ids), max_size=8))
+    def check(draft_ids):
+        pending, emitted = b"", []
+        for draft_id in draft_ids:
+            target_ids, pending = transducer.emit(pending, draft_id)
+            emitted += target_ids
+            assert len(pending) <= 3 and incomplete_tail(pending) == len(pending)
+        assert target_bytes.decode(emitted) + pending == draft_bytes.decode(draft_ids)
+        assert not any(target_id in target_bytes.special for target_id in emitted)
+
+    check()
+
+
+def test_the_table_says_what_emission_with_nothing_pending_gives(transducer):
+    for draft_id in np.flatnonzero(transducer.draftable)[::37].tolist():
+        transducer_without_table = Transducer.__new__(Transducer)
+        transducer_without_table.__dict__ = {**transducer.__dict__, "count": np.zeros_like(transducer.count)}
+        target_ids, pending = transducer_without_table.emit(b"", draft_id)
+        assert transducer.count[draft_id] == len(target_ids)
+        assert transducer.first[draft_id] == (target_ids[0] if target_ids else -1)
+        assert transducer.emit(b"", draft_id) == (target_ids, pending)
+
+
+def test_what_may_not_be_drafted_emits_nothing(transducer):
+    never = ~transducer.draftable
+    assert (~transducer._pair.draftable <= never).all()
+    assert (transducer.first[never] == -1).all() and (transducer.count[never] == 0).all()
+
+
+def test_alternatives_are_the_draft_tokens_whose_emission_begins_alike_and_goes_on(transducer):
+    longer = np.flatnonzero(transducer.count > 1)
+    assert len(longer)
+    everything = {i: transducer.emit(b"", i)[0] for i in longer.tolist()}
+    for draft_id in longer[:: max(1, len(longer) // 40)].tolist():
+        emission = everything[draft_id]
+        for depth in range(1, len(emission)):
+            draft_ids, next_ids = transducer.alternatives(tuple(emission[:depth]))
+            alike = {i: e[depth] for i, e in everything.items() if len(e) > depth and e[:depth] == emission[:depth]}
+            assert dict(zip(draft_ids.tolist(), next_ids.tolist(), strict=True)) == alike
+
+
+def test_the_end_of_text_crosses_alone_and_after_pending_bytes(embedded):
+    transducer = Transducer(embedded.pair)
+    draft_end = embedded.pair.draft.special.by_role[Role.END]
+    target_end = embedded.pair.target.special.by_role[Role.END]
+    assert transducer.emit(b"", draft_end) == ([target_end], b"")
+    target_ids, pending = transducer.emit("é".encode()[:1], draft_end)
+    assert pending == b"" and target_ids[-1] == target_end
+    assert embedded.pair.target.token_bytes.decode(target_ids) == "é".encode()[:1]
+
+
+@pytest.mark.parametrize("names", cases(PAIRS), ids=lambda pair: " from ".join(pair))
+def test_in_the_intersection_every_draft_token_is_one_target_token_of_the_same_bytes(names):
+    pair = load_pair(*names)
+    transducer = Transducer(pair, one_to_one=True)
+    ids = np.flatnonzero(transducer.draftable).tolist()
+    assert len(ids) > 100
+    for draft_id in ids[::11]:
+        (target_id,), pending = transducer.emit(b"", draft_id)
+        assert pending == b""
+        if draft_id not in pair.special.to_target:
+            assert pair.target.token_bytes[target_id] == pair.draft.token_bytes[draft_id]
+
+
+@pytest.mark.parametrize("name", cases(EXACT))
+def test_with_one_vocabulary_on_both_sides_every_token_emits_its_own_bytes_as_one_token(name):
+    pair = load_pair(name, name)
+    transducer = Transducer(pair)
+    ids = np.array(pair.target.encoder.encode("A plain sentence, 日本語, and\n\tsome code: f(x)".encode()))
+    one_token = transducer.count[ids] == 1
+    assert one_token.mean() > 0.7  # The others are parts of characters.
+    assert (transducer.first[ids][one_token] == ids[one_token]).mean() > 0.95  # But for ids of the same bytes.
+
+
+def naive_counts(pair, text):
+    def ends(vocabulary):
+        token_ids = vocabulary.encoder.encode(text)
+        return token_ids, np.cumsum([len(vocabulary.token_bytes[i]) for i in token_ids]).tolist()
+
+    (draft_ids, draft_ends), (_, target_ends) = ends(pair.draft), ends(pair.target)
+    seen, aligned = {}, {}
+    start = 0
+    for draft_id, end in zip(draft_ids, draft_ends, strict=True):
+        seen[draft_id] = seen.get(draft_id, 0) + 1
+        aligned[draft_id] = aligned.get(draft_id, 0) + (start in [0, *target_ends] and end in target_ends)
+        start = end
+    return seen, aligned
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=texts)
+def test_the_prior_is_the_smoothed_share_of_occurrences_with_both_ends_aligned(embedded, text):
+    prior = AlignmentPrior(embedded.pair)
+    prior.observe(text.encode())
+    seen, aligned = naive_counts(embedded.pair, text.encode())
+    weights = prior.weights()
+    for draft_id in seen:
+        assert weights[draft_id] == pytest.approx((aligned[draft_id] + 1) / (seen[draft_id] + 1))
+    unseen = np.ones(len(weights), dtype=bool)
+    unseen[list(seen)] = False
+    assert (weights[unseen] == 1).all()

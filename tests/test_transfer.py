@@ -1,0 +1,198 @@
+"""The draft's law, draws from it, and its transfer to the target's vocabulary, held to enumeration."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm_tokentiming.draft.sampling import DraftSampling, draw, law, seed_of, uniforms
+from vllm_tokentiming.transducer import Transducer
+from vllm_tokentiming.transfer import Transfer
+from vllm_tokentiming.writer import Draft, Writer
+
+
+@pytest.fixture(scope="module")
+def transducer(embedded):
+    return Transducer(embedded.pair)
+
+
+@pytest.fixture(scope="module")
+def sizes(embedded):
+    return embedded.pair.draft.token_bytes.size, embedded.pair.target.token_bytes.size
+
+
+def random_law(transducer, draft_size, seed, sharpness=3.0):
+    logits = torch.randn(draft_size, generator=torch.Generator().manual_seed(seed)) * sharpness
+    logits[~torch.from_numpy(transducer.draftable)] = float("-inf")
+    return logits.softmax(-1)
+
+
+def enumerated(transducer, probs, pending, emitted, target_size):
+    """The law of the next emitted token by its definition: over all draft tokens, one by one."""
+    q = torch.zeros(target_size, dtype=torch.float64)
+    for draft_id in probs.nonzero().squeeze(1).tolist():
+        target_ids, _ = transducer.emit(pending, draft_id)
+        if len(target_ids) > len(emitted) and target_ids[: len(emitted)] == emitted:
+            q[target_ids[len(emitted)]] += float(probs[draft_id])
+    return q / q.sum()
+
+
+def test_the_first_token_of_an_emission_has_the_enumerated_law(transducer, sizes):
+    transfer = Transfer(transducer, *sizes, torch.device("cpu"))
+    laws = torch.stack([random_law(transducer, sizes[0], seed) for seed in range(3)])
+    rows = transfer.first_rows(laws)
+    for probs, row in zip(laws, rows, strict=True):
+        torch.testing.assert_close(row.double(), enumerated(transducer, probs, b"", [], sizes[1]), atol=1e-6, rtol=1e-4)
+
+
+def test_later_tokens_of_an_emission_have_the_enumerated_law(transducer, sizes):
+    transfer = Transfer(transducer, *sizes, torch.device("cpu"))
+    probs = random_law(transducer, sizes[0], seed=7, sharpness=1.0)
+    longest = np.argsort(transducer.count)[::-1][:25].tolist()
+    assert transducer.count[longest[-1]] > 1
+    for draft_id in longest:
+        emission = transducer.emit(b"", draft_id)[0]
+        for depth in range(1, len(emission)):
+            row = transfer.later_row(probs, tuple(emission[:depth]))
+            expected = enumerated(transducer, probs, b"", emission[:depth], sizes[1])
+            torch.testing.assert_close(row.double(), expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pending", ["é".encode()[:1], "日".encode()[:2], "🙂".encode()[:3]])
+def test_with_bytes_pending_every_token_has_the_enumerated_law(transducer, sizes, pending):
+    transfer = Transfer(transducer, *sizes, torch.device("cpu"))
+    probs = torch.zeros(sizes[0])
+    candidates = [*range(0x80 + 3, 0x80 + 3 + 40), *range(400, 420)]  # Byte tokens and ordinary ones.
+    candidates = [i for i in candidates if transducer.draftable[i]]
+    probs[candidates] = torch.rand(len(candidates), generator=torch.Generator().manual_seed(1))
+    probs /= probs.sum()
+    mass = {i: float(probs[i]) for i in candidates}
+    checked = 0
+    for draft_id in candidates[::3]:
+        emission = transducer.emit(pending, draft_id)[0]
+        for depth, row in enumerate(transfer.candidate_rows(mass, pending, emission)):
+            expected = enumerated(transducer, probs, pending, emission[:depth], sizes[1])
+            torch.testing.assert_close(row.double(), expected, atol=1e-6, rtol=1e-4)
+            checked += 1
+    assert checked > 10
+
+
+def test_a_law_is_the_softmax_of_what_the_request_and_the_prior_make_of_the_logits():
+    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(3))
+    log_prior = torch.linspace(-2, 0, 50)
+    probs = law(logits.clone(), [DraftSampling(0, 0.5), DraftSampling(0, 2.0)], log_prior)
+    for row, temperature in zip(range(2), (0.5, 2.0), strict=True):
+        torch.testing.assert_close(probs[row], (logits[row] / temperature + log_prior).softmax(-1))
+
+
+def test_a_law_keeps_to_the_requests_top_k_top_p_and_min_p():
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(4)) * 2
+    plain = logits.softmax(-1)
+    sampling = [DraftSampling(0, 1.0, top_k=5), DraftSampling(0, 1.0, top_p=0.6), DraftSampling(0, 1.0, min_p=0.2)]
+    probs = law(logits.clone(), sampling)
+    torch.testing.assert_close(probs.sum(-1), torch.ones(3))
+    assert set(probs[0].nonzero().flatten().tolist()) == set(plain[0].topk(5).indices.tolist())
+    ranked = plain[1].sort(descending=True)
+    kept = int((ranked.values.cumsum(0) < 0.6).sum()) + 1
+    assert set(probs[1].nonzero().flatten().tolist()) == set(ranked.indices[:kept].tolist())
+    likely = plain[2] >= 0.2 * plain[2].max()
+    assert torch.equal(probs[2] > 0, likely)
+
+
+def test_a_draw_inverts_the_distribution_function_and_never_gives_a_token_without_mass():
+    probs = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])
+    for point, expected in ((0.0, 1), (0.2499, 1), (0.25, 3), (0.7499, 3), (0.75, 4), (1 - 2**-53, 4)):
+        assert draw(probs, [point]).tolist() == [expected]
+
+
+def test_draws_have_the_law_that_they_are_drawn_from():
+    probs = torch.tensor([0.1, 0.0, 0.2, 0.7])
+    number = 40_000
+    points = [uniforms(11, position, 1)[0] for position in range(number)]
+    counts = torch.bincount(draw(probs.expand(number, 4), points), minlength=4).double()
+    expected = probs.double() * number
+    chi_square = float(((counts - expected) ** 2 / expected)[probs > 0].sum())
+    assert counts[1] == 0 and chi_square < 25  # 2 degrees of freedom: one in 250,000; and the seed is fixed.
+
+
+def test_uniform_numbers_depend_on_seed_and_position_alone():
+    assert uniforms(5, 9, 3) == uniforms(5, 9, 8)[:3]
+    assert len({tuple(uniforms(seed, position, 4)) for seed in range(5) for position in range(5)}) == 25
+    assert seed_of("a", 1) == seed_of("b", 1) != seed_of("a", 2)
+    assert seed_of("a", None) != seed_of("b", None)
+
+
+def write(writer, transducer, sizes, drafts, passes=4, seed=0):
+    writer.begin(drafts)
+    going_on = list(drafts)
+    for number in range(passes):
+        logits = torch.randn(len(going_on), sizes[0], generator=torch.Generator().manual_seed(seed * 100 + number)) * 2
+        writer.advance(going_on, logits)
+        going_on = [draft for draft in going_on if not draft.done]
+        if not going_on:
+            break
+    writer.finish(drafts)
+
+
+def make_writer(embedded, sizes, strategy="tokentiming", max_q_bytes=1 << 30):
+    return Writer(
+        embedded.pair,
+        strategy,
+        draft_size=sizes[0],
+        target_size=sizes[1],
+        num_proposals=3,
+        max_draft_tokens=4,
+        device=torch.device("cpu"),
+        max_q_bytes=max_q_bytes,
+    )
+
+
+@pytest.mark.parametrize("strategy", ["tokentiming", "tli"])
+def test_every_proposal_of_a_mixed_batch_has_a_law_that_can_give_it(embedded, transducer, sizes, strategy):
+    writer = make_writer(embedded, sizes, strategy)
+    for seed in range(20):
+        sampling = DraftSampling(seed, 1.0)
+        drafts = [
+            Draft(0, 3, sampling, position=seed),
+            Draft(2, 2, None, position=5),
+            Draft(3, 1, sampling, position=9),
+        ]
+        write(writer, transducer, sizes, drafts, seed=seed)
+        assert writer.q is not None and writer.q.shape == (3, 3, sizes[1])
+        for draft in drafts:
+            for position, target_id in enumerate(draft.proxy.target_ids[: draft.max_proposals]):
+                row = writer.q[draft.row, position]
+                assert row[target_id] > 0
+                assert float(row.sum()) == pytest.approx(1, abs=1e-4)
+                if draft.sampling is None:
+                    assert row[target_id] == 1
+
+
+def test_a_batch_of_greedy_requests_needs_no_q(embedded, transducer, sizes):
+    writer = make_writer(embedded, sizes)
+    write(writer, transducer, sizes, [Draft(0, 3, None, position=0), Draft(1, 3, None, position=0)])
+    assert writer.q is None
+
+
+def test_a_step_whose_q_would_be_too_large_is_one_hot(embedded, transducer, sizes):
+    one_request = 3 * sizes[1] * 4
+    writer = make_writer(embedded, sizes, max_q_bytes=2 * one_request)
+    for number, drawn in ((2, True), (3, False)):
+        drafts = [Draft(i, 3, DraftSampling(i, 1.0), position=0) for i in range(number)]
+        write(writer, transducer, sizes, drafts)
+        assert (writer.q is not None) == drawn
+        assert all(draft.proxy.target_ids for draft in drafts)
+
+
+def test_a_request_drafts_the_same_alone_and_in_a_batch(embedded, transducer, sizes):
+    writer = make_writer(embedded, sizes)
+    logits = torch.randn(3, sizes[0], generator=torch.Generator().manual_seed(1))
+    together = [Draft(i, 3, DraftSampling(i, 0.8), position=4) for i in range(3)]
+    writer.begin(together)
+    writer.advance(together, logits.clone())
+    for row, draft in enumerate(together):
+        alone = Draft(0, 3, DraftSampling(row, 0.8), position=4)
+        writer.begin([alone])
+        writer.advance([alone], logits[row : row + 1].clone())
+        assert alone.draft_ids == draft.draft_ids
