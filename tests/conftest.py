@@ -3,6 +3,9 @@
 That variable names a folder with `tokenizers/NAME/tokenizer.json`, `multilingual/`, `prompts/` and
 `corpus/`. A test that needs something from there is skipped where it is absent; the embedded pair of
 `examples/models` always runs.
+
+Property tests try the same examples every time, so that what fails is the change at hand; `TOKENTIMING_SEARCH=20`
+lets them search: others each time, and 20 times as many.
 """
 
 import os
@@ -11,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -20,6 +24,17 @@ MODELS = Path(__file__).resolve().parent.parent / "examples" / "models"
 EMBEDDED = ("embedded_target", "embedded_draft")
 EXACT = (*EMBEDDED, "gpt2", "gpt_neox_20b", "llama2", "llama3", "qwen2.5", "mistral_tekken")
 LOSSY = ("t5_small", "bert")
+
+_SEARCH = int(os.environ.get("TOKENTIMING_SEARCH", 0))
+
+
+def examples(number: int) -> settings:
+    """Settings of a property test: so many examples, the same every time; many times more to search."""
+    return settings(max_examples=number * (_SEARCH or 1), derandomize=not _SEARCH, deadline=None)
+
+
+settings.register_profile("tests", examples(100))
+settings.load_profile("tests")
 
 
 def shared_data() -> Path | None:

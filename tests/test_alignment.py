@@ -9,7 +9,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import reference_alignment as reference
-from hypothesis import assume, example, given, settings
+from conftest import examples
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from vllm_tokentiming import alignment
@@ -91,7 +92,7 @@ def test_the_edit_distance_holds_for_any_bytes(draft_piece, target_piece):
     assert_levenshtein_matches([draft_piece], [target_piece], 1)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(words(min_size=60, max_size=70), words(max_size=140))
 @example(b"ab" * 32, b"ba" * 32)  # 64: the last that fits a machine word
 @example(b"ab" * 32 + b"a", b"ba" * 40)  # 65: the first that does not
@@ -122,14 +123,14 @@ def test_levenshtein_warps_match_the_oracle_in_the_narrowest_band(draft, surplus
     assert_levenshtein_matches(draft, target, 1)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(pieces(4, words(max_size=3)), st.lists(words(max_size=3), min_size=34, max_size=70), st.integers(1, 80))
 def test_levenshtein_warps_match_the_oracle_when_one_side_has_far_more_tokens(short, long, window):
     assert_levenshtein_matches(short, long, window)
     assert_levenshtein_matches(long, short, window)
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(st.data(), st.integers(33, 40), st.integers(33, 40), st.sampled_from([2, 8, 16, 50]))
 def test_levenshtein_warps_match_the_oracle_on_long_sequences(data, n, m, window):
     draft = data.draw(st.lists(words(max_size=2), min_size=n, max_size=n))
@@ -137,7 +138,7 @@ def test_levenshtein_warps_match_the_oracle_on_long_sequences(data, n, m, window
     assert_levenshtein_matches(draft, target, window)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(pieces(4, words(max_size=90)), pieces(4, words(max_size=90)), st.integers(1, 4))
 @example([b"a" * 70, b"b" * 80, b"ab"], [b"ab" * 40, b"a", b"b" * 66], 1)
 def test_levenshtein_warps_match_the_oracle_where_long_and_short_pieces_mix(draft, target, window):

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from hypothesis import example, given, settings
+from conftest import examples
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -146,7 +147,7 @@ keys = st.sampled_from([*TokenTimingConfig.model_fields]) | st.text(max_size=12)
     st.sampled_from([{}, {"model": "m"}, {"model": "m"}]),
     st.dictionaries(keys, values | st.dictionaries(st.text(max_size=3), values, max_size=2), max_size=3),
 )
-@settings(deadline=None, max_examples=300)
+@examples(300)
 @example({"model": "m"}, {1: 2})
 @example({"model": "m"}, {"two\nlines": 2})
 @example({"model": "m"}, {"kv_memory_gib": float("nan")})

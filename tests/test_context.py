@@ -4,8 +4,8 @@ import random
 
 import numpy as np
 import pytest
-from conftest import EMBEDDED, EXACT, cases, load_pair, load_tokenizer, load_vocabulary, shared_data
-from hypothesis import given, settings
+from conftest import EMBEDDED, EXACT, cases, examples, load_pair, load_tokenizer, load_vocabulary, shared_data
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_tokentiming.context import DraftContext, Drafted
@@ -247,7 +247,7 @@ def test_a_rejected_draft_leaves_the_context_as_if_it_had_never_been(embedded):
 )
 @pytest.mark.parametrize("unmapped", ["text", "drop"])
 @given(draw=st.data())
-@settings(deadline=None, max_examples=40)
+@examples(40)
 def test_any_target_tokens_at_all_are_followed_special_ones_included(names, unmapped, draw):
     target, draft = map(load_vocabulary, names)
     pair = VocabularyPair.of(target, draft, unmapped=unmapped)

@@ -10,12 +10,13 @@ from conftest import (
     LOSSY,
     cases,
     data_bytes,
+    examples,
     load_tokenizer,
     load_vocabulary,
     own_ids,
     texts,
 )
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -27,7 +28,7 @@ ADDS_A_SPACE = ("llama2",)  # Its normaliser puts a `▁` before every text.
 
 every_exact = pytest.mark.parametrize("name", cases(EXACT))
 every_one = pytest.mark.parametrize("name", cases(EXACT + LOSSY))
-few = settings(deadline=None, max_examples=60)
+few = examples(60)
 
 
 def encoder_of(name: str) -> Encoder:
@@ -353,7 +354,7 @@ def test_every_kind_of_vocabulary_with_all_bytes_is_exact(make):
     @given(data=data_bytes)
     @example(data=b"<0x41>")
     @example(data=b"the <tool> the    the")
-    @settings(deadline=None, max_examples=40)
+    @examples(40)
     def any_bytes_are_spelled(data):
         ids = encoder.encode(data)
         assert_ordinary(encoder, ids)
@@ -425,7 +426,7 @@ def test_a_vocabulary_without_all_bytes_is_lossy_and_never_writes_unk(make):
     assert not encoder.exact
 
     @given(data=data_bytes | st.text("ab xé?", max_size=9).map(str.encode))
-    @settings(deadline=None, max_examples=40)
+    @examples(40)
     def only_ordinary_tokens_are_written(data):
         assert_ordinary(encoder, encoder.encode(data))
 

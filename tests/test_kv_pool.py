@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from conftest import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_tokentiming.draft.kv_pool import KVPool
@@ -48,7 +49,7 @@ actions = st.lists(
 
 
 @given(actions, st.integers(1, 14))
-@settings(deadline=None, max_examples=200)
+@examples(200)
 def test_whatever_happens_every_block_has_one_owner_and_all_come_back(actions, num_blocks):
     pool, plain = KVPool(num_blocks, BLOCK_SIZE, NUM_ROWS, MAX_TOKENS), PlainPool(num_blocks)
     for action, which, num_tokens in actions:

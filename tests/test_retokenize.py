@@ -4,8 +4,8 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 import pytest
-from conftest import EMBEDDED, cases, load_pair
-from hypothesis import given, settings
+from conftest import EMBEDDED, cases, examples, load_pair
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_tokentiming.pair import VocabularyPair
@@ -32,7 +32,7 @@ LOSSY_PAIRS = [
 ]
 every_exact_pair = pytest.mark.parametrize("names", cases(EXACT_PAIRS), ids="-".join)
 every_pair = pytest.mark.parametrize("names", cases(EXACT_PAIRS + LOSSY_PAIRS), ids="-".join)
-few = settings(deadline=None, max_examples=60)
+few = examples(60)
 
 
 def drafted_by(draw: st.DataObject, pair: VocabularyPair) -> list[int]:

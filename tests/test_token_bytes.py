@@ -5,8 +5,8 @@ import unicodedata
 import numpy as np
 import pytest
 import tiktoken
-from conftest import EMBEDDED, EXACT, LOSSY, cases, load_tokenizer, load_vocabulary, need, own_ids
-from hypothesis import given, settings
+from conftest import EMBEDDED, EXACT, LOSSY, cases, examples, load_tokenizer, load_vocabulary, need, own_ids
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -214,7 +214,7 @@ TIKTOKEN = tiktoken.Encoding("tiny", pat_str=r" ?\S+|\s+", mergeable_ranks=RANKS
 
 
 @given(st.text())
-@settings(deadline=None, max_examples=100)
+@examples(100)
 def test_ranks_spell_what_tiktoken_encodes(text):
     token_bytes = TokenBytes.from_ranks(RANKS, {"<|end|>": 260}, head_size=264)
     ids = TIKTOKEN.encode(text, disallowed_special=())
@@ -284,7 +284,7 @@ special_texts = st.dictionaries(st.integers(0, 6), st.sampled_from(["", "a", "61
 
 
 @given(token_pieces, special_texts, token_pieces, special_texts, st.integers(0, 8))
-@settings(deadline=None, max_examples=200)
+@examples(200)
 def test_fingerprints_are_equal_exactly_when_every_id_means_the_same(pieces, special, others, other_special, head):
     left = TokenBytes(pieces, special, VocabularyKind.PLAIN, head)
     right = TokenBytes(others, other_special, VocabularyKind.PLAIN, head)

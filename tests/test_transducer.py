@@ -1,9 +1,11 @@
 """The online transducer and the alignment prior, held to plain oracles."""
 
+import itertools
+
 import numpy as np
 import pytest
-from conftest import EMBEDDED, EXACT, cases, load_pair, texts
-from hypothesis import given, settings
+from conftest import EMBEDDED, EXACT, cases, examples, load_pair, texts
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_tokentiming.prior import AlignmentPrior
@@ -22,34 +24,30 @@ def ordinary_ids(transducer):
     return np.flatnonzero(transducer._pair.draft.token_bytes.lengths > 0).tolist()
 
 
-@given(st.binary(max_size=8) | texts.map(lambda text: text.encode()[-6:]))
-def test_an_incomplete_tail_is_what_more_bytes_can_complete(data):
-    waiting = incomplete_tail(data)
-    assert 0 <= waiting <= 3
-    tail = data[len(data) - waiting :]
-    endings = [b"", b"\x80", b"\x80\x80", b"\x80\x80\x80", b"\x90\x80", b"\x90\x80\x80", b"\xa0\x80", b"\xbf\xbf"]
-
-    def completes(part):
-        return any(is_text(part + ending) for ending in endings[1:]) and not is_text(part)
-
-    if waiting:
-        assert completes(tail)
-    else:
-        assert not any(completes(data[start:]) for start in range(max(0, len(data) - 3), len(data)))
+@pytest.fixture(scope="module")
+def beginnings():
+    """Every proper beginning of every UTF-8 character."""
+    characters = (chr(i).encode() for i in range(0x80, 0x110000) if not 0xD800 <= i < 0xE000)
+    return {character[:length] for character in characters for length in range(1, len(character))}
 
 
-def is_text(data):
-    try:
-        return len(data.decode()) == 1
-    except UnicodeDecodeError:
-        return False
+def test_an_incomplete_tail_is_the_beginning_of_a_character(beginnings):
+    def check(data):
+        tails = [length for length in (1, 2, 3) if data[-length:] in beginnings and length <= len(data)]
+        assert incomplete_tail(data) == (tails[0] if tails else 0)
+
+    for pair in itertools.product(range(256), repeat=2):
+        check(bytes(pair))
+        check(bytes(pair) + b"\x80")
+        check(bytes(pair) + b"\xbf")
+    examples(1000)(given(st.binary(max_size=8) | texts.map(lambda text: text.encode()[-6:]))(check))()
 
 
 def test_what_is_emitted_and_what_is_pending_spell_what_was_drafted(transducer):
     ids = ordinary_ids(transducer)
     draft_bytes, target_bytes = transducer._pair.draft.token_bytes, transducer._pair.target.token_bytes
 
-    @settings(max_examples=150, deadline=None)
+    @examples(150)
     @given(st.lists(st.sampled_from(ids), max_size=8))
     def check(draft_ids):
         pending, emitted = b"", []
@@ -139,7 +137,7 @@ def naive_counts(pair, text):
     return seen, aligned
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(text=texts)
 def test_the_prior_is_the_smoothed_share_of_occurrences_with_both_ends_aligned(embedded, text):
     prior = AlignmentPrior(embedded.pair)

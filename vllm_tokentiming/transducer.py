@@ -29,6 +29,8 @@ _UTF8_LENGTH = {
     **dict.fromkeys(range(0xE0, 0xF0), 3),
     **dict.fromkeys(range(0xF0, 0xF5), 4),
 }
+# Where the second byte may not be any continuation byte: overlong forms, surrogates, beyond U+10FFFF.
+_SECOND_BYTE = {0xE0: range(0xA0, 0xC0), 0xED: range(0x80, 0xA0), 0xF0: range(0x90, 0xC0), 0xF4: range(0x80, 0x90)}
 
 
 def incomplete_tail(data: bytes) -> int:
@@ -36,7 +38,8 @@ def incomplete_tail(data: bytes) -> int:
     for back in range(1, min(3, len(data)) + 1):
         byte = data[-back]
         if byte & 0xC0 != 0x80:
-            return back if _UTF8_LENGTH.get(byte, 1) > back else 0
+            possible = back == 1 or byte not in _SECOND_BYTE or data[1 - back] in _SECOND_BYTE[byte]
+            return back if possible and _UTF8_LENGTH.get(byte, 1) > back else 0
     return 0
 
 
