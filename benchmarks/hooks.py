@@ -1,0 +1,113 @@
+"""What benchmarks put into a running engine for a while: counters, and proposal probabilities that are wrong."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from toy import END_ID
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Replace an attribute for a while."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def _spoilt_temperature(writer: Any, _transfer: Any) -> tuple[Any, str, Any]:
+    original = writer.Writer._draw
+
+    def _draw(self: Any, drafts: Any, logits: Any) -> Any:
+        probs, drawn = original(self, drafts, logits)
+        flatter = probs**0.8
+        return flatter / flatter.sum(-1, keepdim=True), drawn
+
+    return writer.Writer, "_draw", _draw
+
+
+def _spread(row: torch.Tensor) -> torch.Tensor:
+    return 0.1 * row + 0.9 / len(row)
+
+
+def _spoilt_later(_writer: Any, transfer: Any) -> tuple[Any, str, Any]:
+    original = transfer.Transfer.later_row
+    return transfer.Transfer, "later_row", lambda *arguments: _spread(original(*arguments))
+
+
+def _spoilt_pending(_writer: Any, transfer: Any) -> tuple[Any, str, Any]:
+    original = transfer.Transfer.candidate_rows
+    return (
+        transfer.Transfer,
+        "candidate_rows",
+        lambda *arguments: [_spread(row) for row in original(*arguments)],
+    )
+
+
+SPOILERS = {"temperature": _spoilt_temperature, "later": _spoilt_later, "pending": _spoilt_pending}
+
+
+@contextlib.contextmanager
+def spoilt(key: str) -> Iterator[None]:
+    """Make the proposal probabilities wrong for a while."""
+    if not key:
+        yield
+        return
+    from vllm_tokentiming import transfer, writer
+
+    with replaced(*SPOILERS[key](writer, transfer)):
+        yield
+
+
+@contextlib.contextmanager
+def rows_counted() -> Iterator[Counter[str]]:
+    """Count the rows of `q` that each path computes."""
+    from vllm_tokentiming.transfer import Transfer
+
+    counts: Counter[str] = Counter()
+    sizes = {"first_rows": len, "later_row": lambda row: 1, "candidate_rows": len, "paper_row": lambda row: 1}
+
+    def counting(name: str) -> Any:
+        original = getattr(Transfer, name)
+
+        def method(*arguments: Any) -> Any:
+            rows = original(*arguments)
+            counts[name] += sizes[name](rows)
+            return rows
+
+        return method
+
+    with contextlib.ExitStack() as stack:
+        for name in sizes:
+            stack.enter_context(replaced(Transfer, name, counting(name)))
+        yield counts
+
+
+@contextlib.contextmanager
+def first_verifications() -> Iterator[dict[str, int]]:
+    """How many proposals of each request were accepted when it had proposals for the first time.
+
+    Those after the end of the text do not count: ours proposes none, and what others propose there is of no
+    use.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    original, accepted = GPUModelRunner._sample, {}
+
+    def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
+        output = original(self, logits, spec_decode_metadata)
+        if spec_decode_metadata is not None:
+            rows, proposed = output.sampled_token_ids.tolist(), spec_decode_metadata.num_draft_tokens
+            for request_id, number, row in zip(self.input_batch.req_ids, proposed, rows, strict=True):
+                ids = [token_id for token_id in row if token_id >= 0][:-1]
+                if number:
+                    accepted.setdefault(request_id, ids.index(END_ID) + 1 if END_ID in ids else len(ids))
+        return output
+
+    with replaced(GPUModelRunner, "_sample", _sample):
+        yield accepted
