@@ -86,7 +86,7 @@ SETTINGS = (
     Setting("top-p", speculation=PRIOR, samplings=(Sampling(top_p=0.8),)),
     Setting("penalties", speculation=PRIOR, samplings=(PENALTIES,)),
     Setting("mixed batch", speculation=PRIOR, samplings=MIXED),
-    Setting("seeded requests", speculation=PRIOR, seeded=True),
+    Setting("seeded requests, adaptive length", speculation={**PRIOR, "adaptive_length": True}, seeded=True),
     Setting("no prior", speculation=NO_PRIOR),
     Setting("few draft tokens", speculation={**PRIOR, "max_draft_tokens": 2}),
     Setting("lossy vocabularies", pair="small", speculation=PRIOR),

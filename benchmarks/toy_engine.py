@@ -40,7 +40,9 @@ def engine(pair: Pair, speculation: Mapping[str, Any] | None, seed: int, **argum
     from vllm import LLM
 
     if speculation is not None:
-        given = {"method": "tokentiming", "model": str(pair.draft), "num_speculative_tokens": NUM_PROPOSALS}
+        given = {"model": str(pair.draft), "num_speculative_tokens": NUM_PROPOSALS}
+        if "method" not in speculation:  # With targets this cheap, drafting as much as pays is hardly to draft.
+            given.update(method="tokentiming", adaptive_length=False)
         arguments["speculative_config"] = {**given, **speculation}
     defaults: dict[str, Any] = {
         "dtype": "float32", "max_model_len": 64, "max_num_seqs": 256, "max_num_batched_tokens": 4096,

@@ -93,11 +93,12 @@ def _called() -> None:
 
 
 def speculation(num_speculative_tokens: int = 5, **settings: Any) -> dict[str, Any]:
-    """A speculative configuration with the embedded draft model."""
+    """A speculative configuration with the embedded draft model, which on so cheap a target would not pay."""
     return {
         "method": "tokentiming",
         "model": DRAFT,
         "num_speculative_tokens": num_speculative_tokens,
+        "adaptive_length": False,
         **settings,
     }
 

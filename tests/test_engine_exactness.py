@@ -25,7 +25,7 @@ EXACT = {
     "mixed batch": 5_000,
     "lossy vocabularies": 6_000,
     "tli": 8_000,
-    "seeded requests": 4_000,
+    "seeded requests, adaptive length": 4_000,
     "penalties": 5_000,
 }
 CONTROLS = {
@@ -68,7 +68,7 @@ def measure_everything() -> dict:
                 for setting in alike:
                     entries = exactness.measure(llm, setting, pair, level, wanted[setting.name])
                     result["settings"][setting.name] = entries
-                if alike[0].name == "tokentiming":
+                if alike[0].name.startswith("seeded"):
                     result["batches"] = [_seeded(exactness, llm, prompt, BATCH) for _ in range(2)]
                     result["alone"] = [_alone(exactness, llm, prompt, seed) for seed in range(BATCH)]
                     result["min_p"] = exactness.refusal(llm, prompt, min_p=0.1)

@@ -7,6 +7,7 @@ import torch
 pytest.importorskip("vllm")
 
 from vllm_tokentiming.draft.sampling import DraftSampling, draw, law, seed_of, uniforms
+from vllm_tokentiming.draft_length import Chain, FixedLength, History
 from vllm_tokentiming.transducer import Transducer
 from vllm_tokentiming.transfer import Transfer
 from vllm_tokentiming.writer import Draft, Writer
@@ -145,6 +146,7 @@ def make_writer(embedded, sizes, strategy="tokentiming", max_q_bytes=1 << 30):
         max_draft_tokens=4,
         device=torch.device("cpu"),
         max_q_bytes=max_q_bytes,
+        length=FixedLength(),
     )
 
 
@@ -154,9 +156,9 @@ def test_every_proposal_of_a_mixed_batch_has_a_law_that_can_give_it(embedded, tr
     for seed in range(20):
         sampling = DraftSampling(seed, 1.0)
         drafts = [
-            Draft(0, 3, sampling, position=seed),
-            Draft(2, 2, None, position=5),
-            Draft(3, 1, sampling, position=9),
+            Draft(0, Chain(History(), 3), sampling, position=seed),
+            Draft(2, Chain(History(), 2), None, position=5),
+            Draft(3, Chain(History(), 1), sampling, position=9),
         ]
         write(writer, transducer, sizes, drafts, seed=seed)
         assert writer.q is not None and writer.q.shape == (3, 3, sizes[1])
@@ -171,7 +173,12 @@ def test_every_proposal_of_a_mixed_batch_has_a_law_that_can_give_it(embedded, tr
 
 def test_a_batch_of_greedy_requests_needs_no_q(embedded, transducer, sizes):
     writer = make_writer(embedded, sizes)
-    write(writer, transducer, sizes, [Draft(0, 3, None, position=0), Draft(1, 3, None, position=0)])
+    write(
+        writer,
+        transducer,
+        sizes,
+        [Draft(i, Chain(History(), 3), None, position=0) for i in range(2)],
+    )
     assert writer.q is None
 
 
@@ -179,7 +186,7 @@ def test_a_step_whose_q_would_be_too_large_is_one_hot(embedded, transducer, size
     one_request = 3 * sizes[1] * 4
     writer = make_writer(embedded, sizes, max_q_bytes=2 * one_request)
     for number, drawn in ((2, True), (3, False)):
-        drafts = [Draft(i, 3, DraftSampling(i, 1.0), position=0) for i in range(number)]
+        drafts = [Draft(i, Chain(History(), 3), DraftSampling(i, 1.0), position=0) for i in range(number)]
         write(writer, transducer, sizes, drafts)
         assert (writer.q is not None) == drawn
         assert all(draft.proxy.target_ids for draft in drafts)
@@ -188,11 +195,11 @@ def test_a_step_whose_q_would_be_too_large_is_one_hot(embedded, transducer, size
 def test_a_request_drafts_the_same_alone_and_in_a_batch(embedded, transducer, sizes):
     writer = make_writer(embedded, sizes)
     logits = torch.randn(3, sizes[0], generator=torch.Generator().manual_seed(1))
-    together = [Draft(i, 3, DraftSampling(i, 0.8), position=4) for i in range(3)]
+    together = [Draft(i, Chain(History(), 3), DraftSampling(i, 0.8), position=4) for i in range(3)]
     writer.begin(together)
     writer.advance(together, logits.clone())
     for row, draft in enumerate(together):
-        alone = Draft(0, 3, DraftSampling(row, 0.8), position=4)
+        alone = Draft(0, Chain(History(), 3), DraftSampling(row, 0.8), position=4)
         writer.begin([alone])
         writer.advance([alone], logits[row : row + 1].clone())
         assert alone.draft_ids == draft.draft_ids

@@ -42,6 +42,7 @@ class TokenTimingConfig(BaseModel):
             the target's full length, but at most a quarter of what vLLM may use for the target's.
         enforce_eager: Whether to run the draft without compilation; by default as the target.
         max_draft_tokens: Most draft tokens written per step; by default twice ``num_speculative_tokens``.
+        adaptive_length: Whether to draft only as much as pays (``draft_length.py``), or always all that is allowed.
         dtw_window: Sakoe-Chiba half-width of the warping, in tokens.
         strategy: How proposals are made: ``tokentiming``, or, for comparison, ``slem``, ``tli``, or
             ``tokentiming-paper``, which changes the distribution of sampled output (``writer.py``).
@@ -66,6 +67,7 @@ class TokenTimingConfig(BaseModel):
     kv_memory_gib: float | None = Field(None, gt=0)
     enforce_eager: bool | None = None
     max_draft_tokens: int | None = Field(None, ge=1)
+    adaptive_length: bool = True
     dtw_window: int = Field(8, ge=1)
     strategy: Literal["tokentiming", "slem", "tli", "tokentiming-paper"] = "tokentiming"
     allow_inexact: bool = False

@@ -13,6 +13,7 @@ this step; it loses speed and nothing else.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ import torch
 from vllm_tokentiming.context import DraftContext, Drafted
 from vllm_tokentiming.draft.model import DraftModel, Span
 from vllm_tokentiming.draft.sampling import DraftSampling
+from vllm_tokentiming.draft_length import Chain, FixedLength, History
 from vllm_tokentiming.pair import VocabularyPair
 from vllm_tokentiming.writer import Draft, Writer
 
@@ -38,6 +40,7 @@ class Committed:
         max_proposals: Most target tokens to propose now; 0 while the target itself still reads the prompt.
         sampling: How the draft is to be drawn; ``None`` for a greedy request, or one whose proposals vLLM may cut by
             looking at them.
+        reproducible: Whether what is proposed must not depend on what else runs.
     """
 
     request_id: str
@@ -45,6 +48,7 @@ class Committed:
     num_target: int
     max_proposals: int
     sampling: DraftSampling | None = None
+    reproducible: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,20 +73,31 @@ class _Request:
     row: int | None = None
     num_cached: int = 0  # Leading draft ids whose KV entries are in the row.
     drafted: Drafted | None = None  # What was drafted in the last step.
+    chain: Chain | None = None  # How much of it.
+    history: History = field(default_factory=History)
 
 
 class Drafter:
-    """Drafts for all requests of one worker."""
+    """Drafts for all requests of one worker.
 
-    def __init__(self, pair: VocabularyPair, model: DraftModel, writer: Writer, max_draft_tokens: int) -> None:
+    Attributes:
+        costs: What the passes of the last step cost: kind, tokens and seconds, as ``FixedLength.observe`` takes them.
+    """
+
+    def __init__(
+        self, pair: VocabularyPair, model: DraftModel, writer: Writer, length: FixedLength, max_draft_tokens: int
+    ) -> None:
         """Bring the vocabularies and the model together.
 
         Args:
             pair: The vocabularies.
             model: The draft model.
             writer: What turns its logits into proposals.
+            length: Decides how much to draft.
             max_draft_tokens: Most draft tokens written for a request in a step.
         """
+        self._length = length
+        self.costs: list[tuple[str, int, float]] = []
         self._pair = pair
         self._model = model
         self._max_draft_tokens = max_draft_tokens
@@ -112,25 +127,53 @@ class Drafter:
         Raises:
             IndexError: An id is outside its vocabulary.
         """
+        began = time.perf_counter()
+        self.costs = []
         requests = [self._follow(committed) for committed in batch]
-        present = {id(request) for request in requests}
-        ready = [r for r in requests if self._has_room(r, present)]
-        logits_of = self._catch_up(ready)
-        drafts = [
-            Draft(index, committed.max_proposals, committed.sampling, committed.num_target)
-            for index, (request, committed) in enumerate(zip(requests, batch, strict=True))
-            if committed.max_proposals > 0 and id(request) in logits_of
-        ]
         target_ids: list[list[int]] = [[] for _ in batch]
+        could = self._chains(batch, requests)
+        planned = {id(chain) for chain in self._length.plan(list(could.values()), len(batch))}
+        chains = {index: chain for index, chain in could.items() if id(chain) in planned}
+        if could and not chains:
+            return Proposals(target_ids)
+        present = {id(request) for request in requests}
+        # Those whose prompt the target still reads are read along.
+        wanted = [
+            request
+            for index, (request, committed) in enumerate(zip(requests, batch, strict=True))
+            if index in chains or not committed.max_proposals
+        ]
+        num_read, logits_of = self._catch_up([request for request in wanted if self._has_room(request, present)])
+        drafts = [
+            Draft(index, chain, batch[index].sampling, batch[index].num_target)
+            for index, chain in chains.items()
+            if id(requests[index]) in logits_of
+        ]
         if not drafts:
             return Proposals(target_ids)
         self._writer.begin(drafts)
-        self._draft(drafts, requests, torch.stack([logits_of[id(requests[draft.index])] for draft in drafts]))
+        logits = torch.stack([logits_of[id(requests[draft.index])] for draft in drafts])
+        self._draft(drafts, requests, logits, began, num_read)
         self._writer.finish(drafts)
         for draft in drafts:
-            requests[draft.index].drafted = Drafted(draft.draft_ids, draft.proxy)
+            request = requests[draft.index]
+            request.drafted, request.chain = Drafted(draft.draft_ids, draft.proxy), draft.chain
             target_ids[draft.index] = draft.proxy.target_ids[: draft.max_proposals]
         return Proposals(target_ids, self._writer.q, [batch[draft.index].request_id for draft in drafts])
+
+    def _chains(self, batch: Sequence[Committed], requests: Sequence[_Request]) -> dict[int, Chain]:
+        """A chain for each request that could draft, by its place in the batch."""
+        return {
+            index: Chain(
+                request.history,
+                committed.max_proposals,
+                lag=len(request.context.draft_ids) - request.num_cached,
+                sampled=committed.sampling is not None,
+                fixed=committed.reproducible,
+            )
+            for index, (request, committed) in enumerate(zip(requests, batch, strict=True))
+            if committed.max_proposals and request.context.draft_ids
+        }
 
     def _follow(self, committed: Committed) -> _Request:
         """Take in what the target committed since the last step."""
@@ -140,10 +183,15 @@ class Drafter:
             request = self._requests[committed.request_id] = _Request(DraftContext(self._pair))
         context = request.context
         target_ids = committed.target_ids[context.num_target : committed.num_target].tolist()
+        num_draft = len(context.draft_ids)
         kept = context.commit(target_ids, request.drafted)
+        if request.drafted is not None and request.chain is not None:
+            proxy_ids = request.drafted.proxy.target_ids[: request.chain.max_proposals]
+            rejected = target_ids[: len(proxy_ids)] != proxy_ids
+            self._length.learn(request.chain, max(kept - num_draft, 0), rejected, len(request.drafted.proxy.target_ids))
         # The last token of a context is always read again: its logits are what drafting starts from.
         request.num_cached = min(request.num_cached, kept, len(context.draft_ids) - 1)
-        request.drafted = None
+        request.drafted = request.chain = None
         return request
 
     def _has_room(self, request: _Request, present: set[int]) -> bool:
@@ -173,11 +221,12 @@ class Drafter:
             self._model.pool.close_row(request.row)
         request.row, request.num_cached = None, 0
 
-    def _catch_up(self, requests: Sequence[_Request]) -> dict[int, torch.Tensor]:
+    def _catch_up(self, requests: Sequence[_Request]) -> tuple[int, dict[int, torch.Tensor]]:
         """Read what contexts have and the cache has not.
 
         Returns:
-            The logits ``[vocab]`` after the context of each request that has caught up, by ``id``.
+            How many tokens were read, and the logits ``[vocab]`` after the context of each request that has caught up,
+            by ``id``.
         """
         shortest_first = sorted(requests, key=lambda r: len(r.context.draft_ids) - r.num_cached)
         reading: list[tuple[_Request, Span]] = []
@@ -191,20 +240,35 @@ class Drafter:
             request.num_cached += len(draft_ids)
             room -= len(draft_ids)
         if not reading:
-            return {}
+            return 0, {}
         reading.sort(key=lambda pair: len(pair[1].draft_ids))  # The last one may have been cut short.
         logits = self._model.forward([span for _, span in reading])
-        return {
+        return self._model.max_batch_tokens - room, {
             id(request): row
             for (request, _), row in zip(reading, logits, strict=True)
             if request.num_cached == len(request.context.draft_ids)
         }
 
-    def _draft(self, drafts: list[Draft], requests: Sequence[_Request], logits: torch.Tensor) -> None:
-        """Write draft tokens, all requests together, one each per pass."""
+    def _draft(
+        self, drafts: list[Draft], requests: Sequence[_Request], logits: torch.Tensor, began: float, num_read: int
+    ) -> None:
+        """Write draft tokens, all requests together, one each per pass.
+
+        Args:
+            drafts: Who writes.
+            requests: The batch.
+            logits: ``[len(drafts), draft vocabulary]``, after what has been read.
+            began: When the step began.
+            num_read: Tokens that have been read in it.
+        """
+        kind, num_tokens = "first", num_read
         for num_drafted in range(1, self._max_draft_tokens + 1):
             self._writer.advance(drafts, logits)
+            now = time.perf_counter()
+            self.costs.append((kind, num_tokens, now - began))
             drafts = [draft for draft in drafts if not draft.done]
+            going = {id(chain) for chain in self._length.go_on([draft.chain for draft in drafts])}
+            drafts = [draft for draft in drafts if id(draft.chain) in going]
             if not drafts or num_drafted == self._max_draft_tokens:
                 return
             spans = []
@@ -214,3 +278,4 @@ class Drafter:
                 spans.append(Span(request.row, request.num_cached, draft.draft_ids[-1:]))
                 request.num_cached += 1
             logits = self._model.forward(spans)
+            kind, num_tokens, began = "later", len(drafts), now

@@ -45,6 +45,14 @@ def describe_special_tokens(pair: VocabularyPair) -> str:
     return ", ".join(shown[:8] + (["..."] if len(shown) > 8 else [])) or "none in common"
 
 
+def agree(costs: list[tuple[str, int, float]]) -> list[tuple[str, int, float]]:
+    """What the first rank measured: all ranks have to decide alike."""
+    from vllm.distributed import get_tp_group
+
+    agreed: list[tuple[str, int, float]] = get_tp_group().broadcast_object(costs, src=0)
+    return agreed
+
+
 def install() -> None:
     """Wrap the model runner and apply the repairs that this device needs. Can be called any number of times."""
     from vllm.platforms import current_platform
@@ -68,6 +76,7 @@ def install() -> None:
         self.drafter.batch = []
         with self.drafter.guard():
             self.drafter.batch = _take_over(self, scheduler_output, sampled_token_ids)
+            self.drafter.num_scheduled = scheduler_output.total_num_scheduled_tokens
         proposed = propose(self, scheduler_output, sampled_token_ids, sampling_metadata, *args, **kwargs)
         # The rejection sampler reads these two in the next step, whoever set them; without them, one-hot.
         self._draft_probs = self.drafter.proposals.q
@@ -115,8 +124,18 @@ def _take_over(runner: Any, scheduler_output: Any, sampled_token_ids: list[list[
                 runner.max_model_len - num_target - 1,
                 request.sampling_params.max_tokens - (num_target - request.num_prompt_tokens) - 1,
             )
+        sampling = _sampling(request)
         committed.append(
-            Committed(request_id, batch.token_ids_cpu[index], num_target, max(max_proposals, 0), _sampling(request))
+            Committed(
+                request_id,
+                batch.token_ids_cpu[index],
+                num_target,
+                max(max_proposals, 0),
+                sampling,
+                # A greedy request writes the same text whatever is proposed.
+                reproducible=request.sampling_params.seed is not None
+                and request.sampling_params.temperature >= _GREEDY_BELOW,
+            )
         )
     return committed
 

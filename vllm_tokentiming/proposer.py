@@ -7,6 +7,7 @@ away, and the next step starts afresh.
 from __future__ import annotations
 
 import contextlib
+import time
 import traceback
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from vllm.logger import init_logger
 
 from vllm_tokentiming import compat, integration
 from vllm_tokentiming.config import TokenTimingConfig
+from vllm_tokentiming.draft_length import AdaptiveLength, FixedLength
 from vllm_tokentiming.drafting import Proposals
 from vllm_tokentiming.prior import AlignmentPrior
 from vllm_tokentiming.vocabularies import load_pair
@@ -47,9 +49,13 @@ class TokenTimingProposer:
         self.num_speculative_tokens: int = vllm_config.speculative_config.num_speculative_tokens
         # Set by the integration before each call of `propose`.
         self.batch: list[Committed] = []
+        self.num_scheduled = 0  # Tokens in the target's pass.
         self.proposals = Proposals([])  # Taken by the integration after each call.
         self.owners: dict[str, Any] = {}  # vLLM's state object of each request, which tells a reused id apart.
         self._drafter: Drafter | None = None
+        self._length = AdaptiveLength() if self._settings.adaptive_length else FixedLength()
+        self._ended: float | None = None  # When the last call returned.
+        self._seen: set[str] = set()  # The requests that it was for.
         self._faults: set[str] = set()
         integration.install()
 
@@ -93,9 +99,10 @@ class TokenTimingProposer:
             max_draft_tokens=max_draft_tokens,
             device=model.device,
             max_q_bytes=max_q_bytes,
+            length=self._length,
             log_prior=self._log_prior(pair, model),
         )
-        self._drafter = Drafter(pair, model, writer, max_draft_tokens)
+        self._drafter = Drafter(pair, model, writer, self._length, max_draft_tokens)
 
     def _log_prior(self, pair: VocabularyPair, model: DraftModel) -> npt.NDArray[np.float64] | None:
         power = self._settings.alignment_prior
@@ -126,8 +133,22 @@ class TokenTimingProposer:
         self.proposals = Proposals([[] for _ in sampled_token_ids])
         if len(self.batch) == len(sampled_token_ids):  # Not so in a warm-up run of vLLM's, or after a fault.
             with self.guard():
+                self._observe()
                 self.proposals = self._drafter.propose(self.batch)
+            self._ended = time.perf_counter()
         return self.proposals.target_ids
+
+    def _observe(self) -> None:
+        """Take in what the target's pass cost, and what those of the draft did in the step before."""
+        assert self._drafter is not None
+        costs, self._drafter.costs = self._drafter.costs, []
+        seen = {committed.request_id for committed in self.batch}
+        # Without a request in common, the engine may have waited for one.
+        if self._ended is not None and self._seen & seen:
+            costs.append(("target", self.num_scheduled, time.perf_counter() - self._ended))
+        self._seen = seen
+        for kind, tokens, seconds in integration.agree(costs):
+            self._length.observe(kind, tokens, seconds)
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 
 from vllm_tokentiming.draft.sampling import DraftSampling, draw, law, uniforms
+from vllm_tokentiming.draft_length import Chain, FixedLength
 from vllm_tokentiming.pair import VocabularyPair
 from vllm_tokentiming.retokenize import Proxy, align, retokenize
 from vllm_tokentiming.transducer import Transducer
@@ -35,7 +36,7 @@ class Draft:
 
     Attributes:
         index: The request's place in the batch.
-        max_proposals: Most target tokens to propose.
+        chain: How much of it.
         sampling: How to draw; ``None`` to draft greedily, with one-hot ``q``.
         position: Committed target tokens.
         row: Its row in ``Writer.q``.
@@ -44,7 +45,7 @@ class Draft:
     """
 
     index: int
-    max_proposals: int
+    chain: Chain
     sampling: DraftSampling | None
     position: int
     row: int = -1
@@ -53,11 +54,17 @@ class Draft:
     pending: bytes = b""
     uniform: list[float] = field(default_factory=list)
     laws: list[torch.Tensor] = field(default_factory=list)  # `Q` of each drafted token; the published transfer only
+    stopped: bool = False
+
+    @property
+    def max_proposals(self) -> int:
+        """Most target tokens to propose."""
+        return self.chain.max_proposals
 
     @property
     def done(self) -> bool:
-        """Whether more drafting could add no proposal."""
-        return self.proxy.ended or len(self.proxy.target_ids) >= self.max_proposals
+        """Whether more drafting could add no proposal, or is not worth it."""
+        return self.stopped or self.proxy.ended or len(self.proxy.target_ids) >= self.max_proposals
 
 
 class Writer:
@@ -74,6 +81,7 @@ class Writer:
         max_draft_tokens: int,
         device: torch.device,
         max_q_bytes: int,
+        length: FixedLength,
         log_prior: npt.NDArray[np.float64] | None = None,
     ) -> None:
         """Choose a strategy.
@@ -87,9 +95,11 @@ class Writer:
             max_draft_tokens: Most draft tokens written for a request in a step.
             device: Where the draft's logits are.
             max_q_bytes: Most memory for ``q``; 0 to draft greedily for all, with one-hot ``q``.
+            length: Decides whether a token is proposed.
             log_prior: ``[draft size]``, the logarithm of the alignment prior, to some power.
         """
         self._pair = pair
+        self._length = length
         self._log_prior = None if log_prior is None else torch.from_numpy(log_prior[:draft_size]).float().to(device)
         self._transducer = Transducer(pair, one_to_one=strategy == "tli")
         self._transfer = Transfer(self._transducer, draft_size, target_size, device)
@@ -135,17 +145,25 @@ class Writer:
         """
         logits.masked_fill_(self._never, float("-inf"))
         drawing = [row for row, draft in enumerate(drafts) if draft.sampling]
-        if not drawing:
-            next_ids = logits.argmax(-1)
-        elif len(drawing) == len(drafts):
-            probs, next_ids = self._draw([drafts[row] for row in drawing], logits)
+        if len(drawing) == len(drafts):
+            probs, next_ids = self._draw(drafts, logits)
+            confidences = probs.amax(-1)
         else:
-            next_ids = logits.argmax(-1)
-            probs, drawn = self._draw([drafts[row] for row in drawing], logits[drawing])
-            next_ids[drawing] = drawn
+            highest, next_ids = logits.max(-1)
+            confidences = (highest - logits.logsumexp(-1)).exp()
+            if drawing:
+                probs, drawn = self._draw([drafts[row] for row in drawing], logits[drawing])
+                next_ids[drawing], confidences[drawing] = drawn, probs.amax(-1).to(confidences.dtype)
+        # In one go: on an accelerator, every copy to the host waits for it.
+        written = torch.stack([next_ids.double(), confidences.double()], dim=1).tolist()
         first_rows: list[tuple[int, int, int]] = []  # Rows of `probs` and `q`, and the position.
         row_of_probs = {row: i for i, row in enumerate(drawing)}
-        for row, (draft, draft_id) in enumerate(zip(drafts, next_ids.tolist(), strict=True)):
+        for row, (draft, (drawn_id, confidence)) in enumerate(zip(drafts, written, strict=True)):
+            # The token is there already, but must not be looked at for this.
+            if not self._length.take(draft.chain, confidence):
+                draft.stopped = True
+                continue
+            draft_id = int(drawn_id)
             draft.draft_ids.append(draft_id)
             if self._published and draft.sampling:
                 draft.laws.append(probs[row_of_probs[row]])

@@ -1,0 +1,214 @@
+"""How much is drafted: never much slower than not drafting, near the best fixed length, and for seeded requests fixed.
+
+The world is simulated: costs that are noisy, drafts whose confidence tells how often they are accepted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from dataclasses import dataclass
+
+import pytest
+from conftest import examples
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_tokentiming.costs import CostTable
+from vllm_tokentiming.draft_length import AdaptiveLength, Chain, FixedLength, History
+
+MOST = 8
+LENGTH_OF_REQUEST = 64
+
+
+class NoDraft(FixedLength):
+    """Plain decoding."""
+
+    def plan(self, chains, num_requests):
+        return []
+
+
+@dataclass(frozen=True)
+class World:
+    """Costs in units of the smallest pass of the target.
+
+    Attributes:
+        batch: Requests.
+        draft: A pass of the draft; each of its tokens adds `draft_token`.
+        token: What a token adds to a pass of the target.
+        qualities: Of requests: a drafted token is accepted with its confidence times this.
+        noise: Of measured times, in their logarithm.
+        drift: How much the machine's speed goes up and down.
+    """
+
+    batch: int = 1
+    draft: float = 0.05
+    draft_token: float = 0.001
+    token: float = 0.01
+    qualities: tuple[float, ...] = (1.0,)
+    noise: float = 0.1
+    drift: float = 0.0
+
+    def rate(self, length: FixedLength, most: int = MOST, steps: int = 2500) -> float:
+        """Tokens per unit of time."""
+        rng = random.Random(0)
+        tokens, now = 0, 0.0
+
+        def passes(kind: str, number: int, cost: float) -> float:
+            seconds = cost * (1 + self.drift * math.sin(now / 60)) * math.exp(rng.gauss(0, self.noise))
+            seconds *= 3 if rng.random() < 0.01 else 1  # Something else ran.
+            length.observe(kind, number, seconds)
+            return seconds
+
+        requests = [self.request(rng) for _ in range(self.batch)]
+        for _ in range(steps):
+            number = self.batch + sum(len(request["fate"]) for request in requests)
+            now += passes("target", number, 1 + self.token * number)
+            for place, request in enumerate(requests):
+                fate, chain = request["fate"], request["chain"]
+                accepted = fate.index(False) if False in fate else len(fate)
+                if chain is not None:
+                    length.learn(chain, accepted, accepted < len(fate), len(fate))
+                tokens += accepted + 1
+                request.update(left=request["left"] - accepted - 1, lag=request["lag"] + accepted + 1, fate=[])
+                if request["left"] <= 0:
+                    requests[place] = self.request(rng)
+            owners = {
+                id(c): r for r in requests if (c := Chain(r["history"], most, r["lag"])) and r.update(chain=c) is None
+            }
+            drafting = length.plan([request["chain"] for request in requests], self.batch)
+            planned = {id(chain) for chain in drafting}
+            for request in requests:
+                if id(request["chain"]) not in planned:
+                    request["chain"] = None
+            kind, number = "first", sum(owners[id(chain)]["lag"] for chain in drafting)
+            for chain in drafting:
+                owners[id(chain)]["lag"] = 0
+            while drafting:
+                now += passes(kind, number, self.draft + self.draft_token * number)
+                going = []
+                for chain in drafting:
+                    confidence = min(max(rng.betavariate(1.2, 1.2), 0.02), 0.98)
+                    request = owners[id(chain)]
+                    if length.take(chain, confidence):
+                        request["fate"].append(rng.random() < confidence * request["quality"])
+                        if len(request["fate"]) < chain.max_proposals:
+                            going.append(chain)
+                drafting = length.go_on(going)
+                kind, number = "later", len(drafting)
+        return tokens / now
+
+    def request(self, rng: random.Random) -> dict:
+        """A new one."""
+        return {
+            "history": History(), "left": LENGTH_OF_REQUEST, "quality": rng.choice(self.qualities),
+            "lag": 20, "fate": [], "chain": None,
+        }  # fmt: skip
+
+
+WORLDS = {
+    "1:50": World(draft=0.02),
+    "1:20": World(),
+    "1:5": World(draft=0.2),
+    "costly verification": World(token=0.2),
+    "noisy": World(noise=0.4),
+    "drifting": World(drift=0.5),
+    "8 requests": World(batch=8),
+    "some without hope": World(qualities=(1.0, 0.05)),
+}
+NOT_WORTH_IT = {
+    "a draft as large as the target": World(draft=1.0),
+    "never accepted": World(qualities=(0.05,)),
+    "a full device": World(batch=64, token=0.02, draft=0.1, draft_token=0.002),
+    "a full device and a bad draft": World(batch=64, token=0.05, draft=0.1, draft_token=0.01, qualities=(0.3,)),
+}
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_where_drafting_pays_it_is_about_as_good_as_the_best_fixed_length(name):
+    world = WORLDS[name]
+    fixed = {most: world.rate(FixedLength(), most) for most in (1, 2, 3, 5, 8)}
+    assert max(fixed.values()) > 1.1 * world.rate(NoDraft())
+    assert world.rate(AdaptiveLength()) > 0.97 * max(fixed.values())
+
+
+@pytest.mark.parametrize("name", NOT_WORTH_IT)
+def test_where_drafting_does_not_pay_next_to_nothing_is_lost(name):
+    world = NOT_WORTH_IT[name]
+    plain = world.rate(NoDraft())
+    assert world.rate(FixedLength(), 5) < 0.9 * plain
+    assert world.rate(AdaptiveLength()) > 0.97 * plain
+
+
+def decisions(length: AdaptiveLength, confidences: list[float], others: list[Chain]) -> list:
+    """What a seeded request does in some steps, in company."""
+    history, found = History(), []
+    for step in range(60):
+        chain = Chain(history, 5, fixed=True)
+        planned = [c for c in length.plan([chain, *others], 1 + len(others)) if c is chain]
+        taken = []
+        for confidence in confidences:
+            if not planned or not length.take(chain, confidence):
+                break
+            taken.append(confidence)
+            planned = [c for c in length.go_on([chain]) if c is chain]
+        accepted = min(step % 3, len(taken))
+        if taken:
+            length.learn(chain, accepted, accepted < len(taken), len(taken))
+        found.append(taken)
+    return found
+
+
+@examples(40)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.integers(0, 3))
+def test_a_request_with_a_seed_depends_on_its_own_history_alone(confidences, number):
+    alone = decisions(AdaptiveLength(), confidences, [])
+    experienced = AdaptiveLength()
+    World(qualities=(0.2,)).rate(experienced, steps=50)
+    assert decisions(experienced, confidences, [Chain(History(), 5) for _ in range(number)]) == alone
+
+
+def test_a_seeded_request_whose_drafts_fail_is_tried_ever_more_rarely():
+    length, history, drafted = AdaptiveLength(), History(), []
+    for step in range(2000):
+        chain = Chain(history, 5, fixed=True)
+        if length.plan([chain], 1):
+            drafted.append(step)
+            if length.take(chain, 0.3):
+                length.learn(chain, 0, True, 1)
+    assert len(drafted) < 200
+    assert drafted[-1] - drafted[-2] > 200
+
+
+@examples(100)
+@given(st.lists(st.tuples(st.integers(1, 300), st.floats(1e-4, 10)), min_size=1, max_size=60))
+def test_costs_rise_and_stay_within_what_was_measured(measured):
+    table = CostTable()
+    for tokens, seconds in measured:
+        table.observe(tokens, seconds)
+    largest = max(tokens for tokens, _ in measured)
+    costs = [table(tokens) for tokens in range(1, largest + 1)]
+    least, most = min(s for _, s in measured), max(s for _, s in measured)
+    assert all(least * 0.999 <= cost for cost in costs)
+    assert all(right >= left - 1e-12 for left, right in itertools.pairwise(costs))
+    assert all(cost <= most * 1.3 for cost in costs)
+    assert table(2 * largest) >= 2 * table(largest) * 0.8
+
+
+def test_a_cost_is_the_median_of_the_latest_measurements():
+    table = CostTable()
+    assert not table
+    for seconds in (9, 9, 9, 1, 2, 3, 4, 100, 5, 6, 7, 8):
+        table.observe(4, seconds)
+    assert table(4) == 5
+    table.observe(8, 15)
+    assert table(6) == 10
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 16, 100, 1000])
+def test_nothing_is_known_of_sizes_that_were_not_measured(tokens):
+    table = CostTable()
+    table.observe(tokens, 1.0)
+    assert table.number(tokens) == 1
+    assert table.number(2 * tokens) == 0
