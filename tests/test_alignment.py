@@ -14,7 +14,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from vllm_tokentiming import alignment
-from vllm_tokentiming.alignment import LocalCost, Warp, span_blocks, warp
+from vllm_tokentiming.alignment import LocalCost, Warp, span_blocks, span_blocks_of_pieces, warp, warp_blocks
 
 # "!" and "a" are 64 apart: the kernel's quick test for "no byte in common" cannot tell them from each other.
 LETTERS = [b" ", b"a", b"b", b"!"]
@@ -77,6 +77,7 @@ def assert_levenshtein_matches(draft, target, window):
     assert tuples(result.path) == path
     assert result.cost == float(cost)
     assert_is_a_warp_of(result, len(draft), len(target), window)
+    assert tuples(warp_blocks(draft, target, window=window)) == tuples(result.blocks)
 
 
 # The edit distance, seen through sequences of one token.
@@ -176,6 +177,7 @@ def test_in_a_wide_band_the_overlap_warp_is_the_overlap_path_and_its_blocks_are_
     scanned = span_blocks(lengths_of(draft), lengths_of(target))
     assert tuples(result.path) == reference.overlap_path(lengths_of(draft), lengths_of(target))
     assert tuples(result.blocks) == tuples(scanned)
+    assert tuples(warp_blocks(draft, target, window=30, cost=LocalCost.OVERLAP)) == tuples(scanned)
     assert result.cost == 0
 
 
@@ -213,6 +215,8 @@ def test_the_scan_matches_the_oracle_for_any_lengths(draft_lengths, target_lengt
     assert blocks.dtype == np.int32
     assert tuples(blocks) == reference.blocks_of_offsets(draft_lengths, target_lengths)
     assert_cover(tuples(blocks), len(draft_lengths), len(target_lengths))
+    of_pieces = span_blocks_of_pieces(*([b"x" * n for n in side] for side in (draft_lengths, target_lengths)))
+    assert of_pieces.dtype == np.int32 and tuples(of_pieces) == tuples(blocks)
 
 
 @given(cuts_of_one_text(empty_tokens=True))
@@ -314,6 +318,8 @@ def test_a_side_without_tokens_gives_no_path_no_blocks_and_no_cost():
             assert result.path.dtype == result.blocks.dtype == np.int32
             assert result.cost == 0
     assert span_blocks([], []).shape == (0, 4)
+    assert span_blocks_of_pieces([], []).shape == (0, 4)
+    assert warp_blocks([], [b"a"]).shape == (0, 4)
 
 
 def test_a_window_beyond_both_sides_is_the_whole_matrix():
@@ -330,6 +336,8 @@ def test_lengths_may_be_any_integers_that_fit():
 
 def test_any_sequence_of_pieces_will_do():
     assert tuples(warp((b"ab",), [b"a", b"b"]).blocks) == [(0, 1, 0, 2)]
+    assert tuples(warp_blocks((b"ab",), [b"a", b"b"])) == [(0, 1, 0, 2)]
+    assert tuples(span_blocks_of_pieces((b"ab",), [b"a", b"b"])) == [(0, 1, 0, 2)]
 
 
 def test_a_result_cannot_be_reassigned():
@@ -354,12 +362,15 @@ def test_threads_do_not_disturb_each_other():
 def test_a_window_below_one_is_refused(window):
     with pytest.raises(ValueError, match=f"at least 1, got {window}"):
         warp([b"a"], [b"a"], window=window)
+    with pytest.raises(ValueError, match=f"at least 1, got {window}"):
+        warp_blocks([b"a"], [b"a"], window=window)
 
 
 @pytest.mark.parametrize("sides", [(["a"], [b"a"]), ([b"a"], [bytearray(b"a")]), (b"ab", [b"a"]), ([b"a"], [None])])
 def test_pieces_that_are_not_bytes_are_refused(sides):
-    with pytest.raises(TypeError):
-        warp(*sides)
+    for align in (warp, warp_blocks, span_blocks_of_pieces):
+        with pytest.raises(TypeError):
+            align(*sides)
 
 
 def test_a_cost_that_is_not_a_local_cost_is_refused():

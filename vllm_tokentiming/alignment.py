@@ -8,7 +8,9 @@ tokens of either side between two boundaries that the sides have in common; 1:1,
 the byte offsets, exact, the one to use wherever it applies. :func:`warp` is Dynamic Token Warping
 (TokenTiming, arXiv 2510.15545, in the section of that name): dynamic time warping over tokens within a
 Sakoe-Chiba band, for text that a lossy tokenizer has changed underway. With `LocalCost.OVERLAP` and a band
-that is wide enough it finds the blocks of the scan.
+that is wide enough it finds the blocks of the scan. :func:`span_blocks_of_pieces` and :func:`warp_blocks` are
+the same for whoever has the byte strings and wants the blocks alone: on a handful of tokens, which is what a step
+aligns, making arrays takes longer than the kernels do.
 
 **Deterministic.** Costs are integers inside, and ties have a rule: same input, same blocks, on every machine.
 
@@ -32,7 +34,7 @@ except ImportError as error:
         "run `pip install .` in its source tree, with a C compiler at hand."
     ) from error
 
-__all__ = ["LocalCost", "Warp", "span_blocks", "warp"]
+__all__ = ["LocalCost", "Warp", "span_blocks", "span_blocks_of_pieces", "warp", "warp_blocks"]
 
 
 class LocalCost(Enum):
@@ -110,11 +112,47 @@ def warp(
         ValueError: `window` is less than 1; or `LocalCost.OVERLAP`, and the two sides spell different bytes
             within the length of the shorter one.
     """
+    return Warp(*_dtw.warp(draft_pieces, target_pieces, window, _is_overlap(window, cost)))
+
+
+def warp_blocks(
+    draft_pieces: Sequence[bytes],
+    target_pieces: Sequence[bytes],
+    *,
+    window: int = 8,
+    cost: LocalCost = LocalCost.LEVENSHTEIN,
+) -> NDArray[np.int32]:
+    """The blocks of :func:`warp` alone, without writing down the path.
+
+    >>> warp_blocks([b"un", b"believ", b"able"], [b"unbeliev", b"able"]).tolist()
+    [[0, 2, 0, 1], [2, 3, 1, 2]]
+
+    Args:
+        draft_pieces: see :func:`warp`.
+        target_pieces: see :func:`warp`.
+        window: see :func:`warp`.
+        cost: see :func:`warp`.
+
+    Returns:
+        ``warp(...).blocks``.
+
+    Raises:
+        TypeError: see :func:`warp`.
+        ValueError: see :func:`warp`.
+    """
+    blocks: NDArray[np.int32] = _dtw.warp(draft_pieces, target_pieces, window, _is_overlap(window, cost), False)[1]
+    return blocks
+
+
+def _is_overlap(window: int, cost: LocalCost) -> bool:
+    """Which of the two local costs it is; refuses what is neither, and a band without a width."""
     if window < 1:
         raise ValueError(f"window is the half-width of the band in tokens and must be at least 1, got {window}")
-    if not isinstance(cost, LocalCost):
-        raise TypeError(f"cost must be a LocalCost, got {cost!r}")
-    return Warp(*_dtw.warp(draft_pieces, target_pieces, window, cost is LocalCost.OVERLAP))
+    if cost is LocalCost.LEVENSHTEIN:
+        return False
+    if cost is LocalCost.OVERLAP:
+        return True
+    raise TypeError(f"cost must be a LocalCost, got {cost!r}")
 
 
 def span_blocks(draft_lengths: ArrayLike, target_lengths: ArrayLike) -> NDArray[np.int32]:
@@ -147,6 +185,26 @@ def span_blocks(draft_lengths: ArrayLike, target_lengths: ArrayLike) -> NDArray[
     blocks: NDArray[np.int32] = _dtw.span_blocks(
         _as_lengths(draft_lengths, "draft_lengths"), _as_lengths(target_lengths, "target_lengths")
     )
+    return blocks
+
+
+def span_blocks_of_pieces(draft_pieces: Sequence[bytes], target_pieces: Sequence[bytes]) -> NDArray[np.int32]:
+    """:func:`span_blocks` of the lengths of byte strings.
+
+    >>> span_blocks_of_pieces([b"un", b"believ", b"able"], [b"unbeliev", b"able"]).tolist()
+    [[0, 2, 0, 1], [2, 3, 1, 2]]
+
+    Args:
+        draft_pieces: byte strings of the n draft tokens; only their lengths are looked at.
+        target_pieces: byte strings of the m target tokens.
+
+    Returns:
+        int32 [B, 4], see :func:`span_blocks`.
+
+    Raises:
+        TypeError: a piece is not `bytes`.
+    """
+    blocks: NDArray[np.int32] = _dtw.span_blocks_of_pieces(draft_pieces, target_pieces)
     return blocks
 
 

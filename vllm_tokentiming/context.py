@@ -67,9 +67,7 @@ class DraftContext:
         old = self.draft_ids[unsettled:]
         self.num_target += len(target_ids)
         if drafted is not None:
-            accepted = _common_prefix(target_ids, drafted.proxy.target_ids)
-            blocks = align(self._pair, drafted.draft_ids, drafted.proxy)
-            num_draft, num_target = aligned_draft_tokens(blocks, accepted)
+            num_draft, num_target = self._standing(target_ids, drafted)
             old += drafted.draft_ids[:num_draft]
             if not self._pair.draft.encoder.exact and num_draft:
                 self.draft_ids += drafted.draft_ids[:num_draft]
@@ -77,6 +75,13 @@ class DraftContext:
                 target_ids = target_ids[num_target:]
         self._append(target_ids)
         return unsettled + _common_prefix(old, self.draft_ids[unsettled : unsettled + len(old)])
+
+    def _standing(self, target_ids: Sequence[int], drafted: Drafted) -> tuple[int, int]:
+        """How many drafted tokens, and how many proxy tokens, are in blocks that were accepted whole."""
+        accepted = _common_prefix(target_ids, drafted.proxy.target_ids)
+        if drafted.proxy.target_ids and not accepted:
+            return 0, 0  # The first block has the first proxy token. Often so, and then there is nothing to align.
+        return aligned_draft_tokens(align(self._pair, drafted.draft_ids, drafted.proxy), accepted)
 
     def _append(self, target_ids: Sequence[int]) -> None:
         target_bytes, special = self._pair.target.token_bytes, self._pair.special

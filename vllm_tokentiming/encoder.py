@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,8 @@ _MARGIN = 3
 _MAX_TAIL = 1024
 _OPEN_AFTER_FORCE = 16  # Bytes that stay open where a tail was cut all the same.
 _MAX_CACHED_PIECES = 1 << 18
+# Where `ByteLevel` cuts, if told to (`use_regex`).
+_BYTE_LEVEL_CUTS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _WORDS = re.compile(r"\s*\S+|\s+")
 
 _PROBES = tuple(
@@ -105,7 +107,7 @@ class Encoder:
         self._byte_ids = token_bytes.byte_ids()
         self._cache: dict[str | bytes, list[int]] = {}
         self._added = _added_text(tokenizer, token_bytes)
-        self._pre_tokenizer = _middle_of_text(tokenizer.pre_tokenizer)
+        self._pre_tokenizer, self._spell_later = _middle_of_text(tokenizer.pre_tokenizer)
         self._normalized_to_bytes = '"type": "ByteLevel"' in json.dumps(component(tokenizer.normalizer))
         self._side_by_side: set[str] | None = None
         if token_bytes.kind is VocabularyKind.METASPACE:
@@ -121,7 +123,10 @@ class Encoder:
             Token ids, never special ones. If ``exact``, they spell ``data``, but for bytes that the vocabulary does
             not have at all (some lack those that no UTF-8 text contains).
         """
-        return self.encode_tail(data).ids
+        ids: list[int] = []
+        for piece, _ in self._pieces(data):
+            ids += self._ids_of(piece)
+        return ids
 
     def encode_tail(self, data: bytes) -> Encoded:
         """Encode the open end of a text, and tell what is settled in it.
@@ -133,12 +138,12 @@ class Encoder:
             The ids, and the last point from which encoding may go on once more bytes are there.
         """
         ids: list[int] = []
-        num_bytes = 0
+        num_bytes, last_cut = 0, len(data) - self._added.open_bytes(data)
         bounds = [(0, 0)]  # Ids and bytes before each cut that no added text can reach any more.
         for piece, length in self._pieces(data):
             ids += self._ids_of(piece)
             num_bytes += length
-            if num_bytes <= len(data) - self._added.reach:
+            if num_bytes <= last_cut:
                 bounds.append((len(ids), num_bytes))
         settled_ids, settled_bytes = bounds[max(0, len(bounds) - 1 - _MARGIN)]
         if len(data) - settled_bytes > _MAX_TAIL:
@@ -167,7 +172,12 @@ class Encoder:
         if isinstance(piece, bytes):
             if self._added.ids and (added := self._added.ids.get(piece)) is not None:
                 return [added]
-            return [i for byte in piece if (i := self._byte_ids[byte]) >= 0]
+            byte_ids = [self._byte_ids[byte] for byte in piece]
+            if not self.exact or self.token_bytes.kind is not VocabularyKind.BYTE_LEVEL or min(byte_ids) < 0:
+                return [i for i in byte_ids if i >= 0]
+            piece = _in_alphabet(piece)  # The model may merge them as it would inside a character.
+        elif self._spell_later:
+            piece = _in_alphabet(piece.encode())
         ids = [token.id for token in self._model.tokenize(piece)]
         if not self.token_bytes.special.keys().isdisjoint(ids):  # `unk`
             ids = [i for i in ids if i not in self.token_bytes.special]
@@ -177,11 +187,20 @@ class Encoder:
                 return self._encode_piece(data)
         return ids
 
-    def _pieces(self, data: bytes) -> Iterator[tuple[str | bytes, int]]:
+    def _pieces(self, data: bytes) -> Iterable[tuple[str | bytes, int]]:
         """Cut ``data`` into cache keys and their lengths in bytes: text for the model, or bytes as they are."""
+        try:
+            text = data.decode()
+        except UnicodeDecodeError:
+            return self._pieces_of_runs(data)
+        if self._added.pattern is None or not self._added.pattern.search(text):
+            return self._text_pieces(text)  # Nearly always; the generators take as long as the pre-tokenizer.
+        return self._pieces_of_runs(data)
+
+    def _pieces_of_runs(self, data: bytes) -> Iterator[tuple[str | bytes, int]]:
         for text, raw in _valid_runs(data):
             if raw:
-                yield from self._raw_pieces(raw)
+                yield raw, len(raw)
             elif self._added.pattern is None:
                 yield from self._text_pieces(text)
             else:
@@ -191,43 +210,41 @@ class Encoder:
                     elif part:
                         yield from self._text_pieces(part)
 
-    def _raw_pieces(self, raw: bytes) -> Iterator[tuple[str | bytes, int]]:
-        if self.token_bytes.kind is VocabularyKind.BYTE_LEVEL and min(self._byte_ids[b] for b in raw) >= 0:
-            yield _in_alphabet(raw), len(raw)  # The model may merge them as it would inside a character.
-        else:
-            yield raw, len(raw)
+    def _text_pieces(self, text: str) -> Iterable[tuple[str | bytes, int]]:
+        if self.token_bytes.kind is VocabularyKind.METASPACE:
+            return self._metaspace_parts(text)
+        if self._normalized_to_bytes:
+            text = _in_alphabet(text.encode())
+        spelled = self.token_bytes.kind is VocabularyKind.BYTE_LEVEL and not self._spell_later
+        if spelled or text.isascii():
+            return [(piece, len(piece)) for piece in self._cut(text)]
+        return [(piece, len(piece.encode())) for piece in self._cut(text)]
 
-    def _text_pieces(self, text: str) -> Iterator[tuple[str | bytes, int]]:
-        if self.token_bytes.kind is VocabularyKind.BYTE_LEVEL:
-            for piece in self._cut(_in_alphabet(text.encode()) if self._normalized_to_bytes else text):
-                yield piece, len(piece)
-        elif self.token_bytes.kind is VocabularyKind.METASPACE:
-            # A literal mark would be read as a space, so it is spelled in bytes.
-            for index, part in enumerate(text.split(METASPACE)):
-                if index:
-                    yield METASPACE.encode(), len(METASPACE.encode())
-                if part:
-                    yield from self._metaspace_pieces(part.replace(" ", METASPACE))
-        else:
-            for piece in self._cut(text):
-                yield piece, len(piece.encode())
+    def _metaspace_parts(self, text: str) -> Iterator[tuple[str | bytes, int]]:
+        # A literal mark would be read as a space, so it is spelled in bytes.
+        for index, part in enumerate(text.split(METASPACE)):
+            if index:
+                yield METASPACE.encode(), len(METASPACE.encode())
+            if part:
+                yield from self._metaspace_pieces(part.replace(" ", METASPACE))
 
     def _metaspace_pieces(self, text: str) -> Iterator[tuple[str | bytes, int]]:
         for piece in self._cut(text):
             yield piece, len(piece.encode()) - 2 * piece.count(METASPACE)
 
-    def _cut(self, text: str) -> Iterator[str]:
+    def _cut(self, text: str) -> list[str]:
         pieces = [text] if self._pre_tokenizer is None else [p for p, _ in self._pre_tokenizer.pre_tokenize_str(text)]
         if self._side_by_side is None:
-            yield from pieces
-            return
+            return pieces
+        parts = []
         for piece in pieces:
             start = 0
             for end in range(1, len(piece)):
                 if piece[end - 1 : end + 1] not in self._side_by_side:
-                    yield piece[start:end]
+                    parts.append(piece[start:end])
                     start = end
-            yield piece[start:]
+            parts.append(piece[start:])
+        return parts
 
 
 class LossyEncoder(Encoder):
@@ -275,7 +292,16 @@ class _AddedText:
 
     pattern: re.Pattern[str] | None
     ids: dict[bytes, int]
-    reach: int  # bytes before the end of a text in which one may still grow
+    openings: frozenset[bytes]  # Everything that one of them begins with and goes on.
+    longest_opening: int
+    first_bytes: frozenset[int]
+
+    def open_bytes(self, data: bytes) -> int:
+        """How many bytes at the end of a text one may begin with that is not complete."""
+        end = data[-self.longest_opening :] if self.longest_opening else b""
+        if self.first_bytes.isdisjoint(end):
+            return 0
+        return next((n for n in range(len(end), 0, -1) if end[-n:] in self.openings), 0)
 
 
 def _added_text(tokenizer: Any, token_bytes: TokenBytes) -> _AddedText:
@@ -285,24 +311,37 @@ def _added_text(tokenizer: Any, token_bytes: TokenBytes) -> _AddedText:
         if token_id not in token_bytes.special and not (token.lstrip or token.rstrip or token.single_word)
     }
     if not contents:
-        return _AddedText(None, {}, 0)
+        return _AddedText(None, {}, frozenset(), 0, frozenset())
     longest_first = sorted(contents, key=len, reverse=True)
     pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
     ids = {content.encode(): token_id for content, token_id in contents.items()}
-    return _AddedText(pattern, ids, max(map(len, ids)))
+    openings = frozenset(content[:n] for content in ids for n in range(1, len(content)))
+    return _AddedText(pattern, ids, openings, max(map(len, ids)) - 1, frozenset(content[0] for content in ids))
 
 
-def _middle_of_text(pre_tokenizer: Any) -> Any:
-    """The same pre-tokenizer without the space that it puts before a text."""
+def _middle_of_text(pre_tokenizer: Any) -> tuple[Any, bool]:
+    """The same pre-tokenizer without the space that it puts before a text.
+
+    Returns:
+        It, and whether its last part, which spells the pieces in letters for bytes, was left out: that is then to be
+        done for the pieces that are not in the cache. It takes a third of the time.
+    """
     described = component(pre_tokenizer)
     if described is None:
-        return None
+        return None, False
     for part in described.get("pretokenizers", [described]):
         if "add_prefix_space" in part:
             part["add_prefix_space"] = False
         if part["type"] == "Metaspace":
             part["prepend_scheme"] = "never"
-    return _rebuilt(pre_tokenizer=described).pre_tokenizer
+    parts = described.pop("pretokenizers", None) or [described]
+    spell_later = parts[-1]["type"] == "ByteLevel"
+    if spell_later and parts.pop()["use_regex"]:
+        cuts = {"type": "Split", "pattern": {"Regex": _BYTE_LEVEL_CUTS}, "behavior": "Isolated", "invert": False}
+        parts.append(cuts)
+    if not parts:
+        return None, spell_later
+    return _rebuilt(pre_tokenizer={"type": "Sequence", "pretokenizers": parts}).pre_tokenizer, spell_later
 
 
 def _without_prefix(normalizer: Any) -> Any:

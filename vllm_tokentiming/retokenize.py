@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vllm_tokentiming.alignment import span_blocks, warp
+from vllm_tokentiming.alignment import span_blocks_of_pieces, warp_blocks
 from vllm_tokentiming.pair import VocabularyPair
 
 
@@ -67,14 +67,12 @@ def align(pair: VocabularyPair, drafted_ids: Sequence[int], proxy: Proxy) -> npt
     draft_bytes, target_bytes = pair.draft.token_bytes, pair.target.token_bytes
     # The special token at the end has no bytes; it is its own block.
     num_draft, num_target = len(drafted_ids) - proxy.ended, len(proxy.target_ids) - proxy.ended
+    draft_pieces = [draft_bytes[i] for i in drafted_ids[:num_draft]]
+    target_pieces = [target_bytes[i] for i in proxy.target_ids[:num_target]]
     if pair.exact:
-        blocks = span_blocks(
-            draft_bytes.lengths[drafted_ids[:num_draft]], target_bytes.lengths[proxy.target_ids[:num_target]]
-        )
+        blocks = span_blocks_of_pieces(draft_pieces, target_pieces)
     else:
-        draft_pieces = [draft_bytes[i] for i in drafted_ids[:num_draft]]
-        target_pieces = [target_bytes[i] for i in proxy.target_ids[:num_target]]
-        blocks = warp(draft_pieces, target_pieces, window=pair.window).blocks
+        blocks = warp_blocks(draft_pieces, target_pieces, window=pair.window)
     if proxy.ended:
         last = np.array([[num_draft, num_draft + 1, num_target, num_target + 1]], dtype=np.int32)
         blocks = np.concatenate([blocks, last])
