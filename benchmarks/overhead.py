@@ -42,6 +42,7 @@ from tokenizers import Tokenizer
 from vllm_tokentiming import context, drafting, transducer, transfer, writer
 from vllm_tokentiming.draft.kv_pool import KVPool
 from vllm_tokentiming.draft.sampling import DraftSampling
+from vllm_tokentiming.draft_length import FixedLength
 from vllm_tokentiming.pair import Vocabulary, VocabularyPair
 
 PAIRS = ["llama3/qwen2.5", "qwen2.5/llama3", "qwen2.5/llama2", "llama2/gpt2", "qwen2.5/t5_small"]
@@ -184,7 +185,7 @@ class Simulation:
         self._offsets = pair.target.token_bytes.lengths[self._target_ids].cumsum()
         self._usual = pair.draft.encoder.encode(text)
         self._model = StandIn(pair.draft.token_bytes.size, self._usual)
-        self._drafter = drafting.Drafter(pair, self._model, shared, MAX_DRAFT_TOKENS)  # type: ignore[arg-type]
+        self._drafter = drafting.Drafter(pair, self._model, shared, FixedLength(), MAX_DRAFT_TOKENS)  # type: ignore[arg-type]
         self._sampling = DraftSampling(seed=0, temperature=1.0) if sampled else None
         self._num_target = length
         self._rng = random.Random(length)
@@ -225,7 +226,7 @@ def simulations(data: Path, names: str, steps: int) -> Iterator[tuple[dict[str, 
     pair = VocabularyPair.of(*(vocabulary(data, name) for name in names.split("/")))
     sizes = {"draft_size": pair.draft.token_bytes.size, "target_size": pair.target.token_bytes.size}
     limits = {"num_proposals": NUM_PROPOSALS, "max_draft_tokens": MAX_DRAFT_TOKENS, "max_q_bytes": 1 << 30}
-    shared = writer.Writer(pair, "tokentiming", **sizes, **limits, device=torch.device("cpu"))
+    shared = writer.Writer(pair, "tokentiming", length=FixedLength(), **sizes, **limits, device=torch.device("cpu"))
     for (kind, corpora), length, sampled in itertools.product(TEXTS.items(), LENGTHS, (False, True)):
         text = text_of(data, corpora, 6 * (length + 6 * steps) + 2000)
         described = {"pair": names, "text": kind, "context": length, "mode": "sampled" if sampled else "greedy"}

@@ -55,6 +55,8 @@ class Draft:
     uniform: list[float] = field(default_factory=list)
     laws: list[torch.Tensor] = field(default_factory=list)  # `Q` of each drafted token; the published transfer only
     stopped: bool = False
+    stale: bool = False  # Whether tokens were drafted that ``proxy`` does not have yet.
+    about: int = 0  # Target tokens that the drafted ones make, each alone.
 
     @property
     def max_proposals(self) -> int:
@@ -103,6 +105,7 @@ class Writer:
         self._log_prior = None if log_prior is None else torch.from_numpy(log_prior[:draft_size]).float().to(device)
         self._transducer = Transducer(pair, one_to_one=strategy == "tli")
         self._transfer = Transfer(self._transducer, draft_size, target_size, device)
+        self._count: list[int] = self._transducer.count.tolist()
         self._always_transduce = strategy == "tli"
         self._published = strategy == "tokentiming-paper"
         self._draws = strategy != "slem"
@@ -147,15 +150,22 @@ class Writer:
         drawing = [row for row, draft in enumerate(drafts) if draft.sampling]
         if len(drawing) == len(drafts):
             probs, next_ids = self._draw(drafts, logits)
-            confidences = probs.amax(-1)
         else:
             highest, next_ids = logits.max(-1)
-            confidences = (highest - logits.logsumexp(-1)).exp()
             if drawing:
                 probs, drawn = self._draw([drafts[row] for row in drawing], logits[drawing])
-                next_ids[drawing], confidences[drawing] = drawn, probs.amax(-1).to(confidences.dtype)
-        # In one go: on an accelerator, every copy to the host waits for it.
-        written = torch.stack([next_ids.double(), confidences.double()], dim=1).tolist()
+                next_ids[drawing] = drawn
+        if not self._length.uses_confidence:
+            written = [(draft_id, 0.0) for draft_id in next_ids.tolist()]
+        else:
+            if len(drawing) == len(drafts):
+                confidences = probs.amax(-1)
+            else:
+                confidences = (highest - logits.logsumexp(-1)).exp()
+                if drawing:
+                    confidences[drawing] = probs.amax(-1).to(confidences.dtype)
+            # In one go: on an accelerator, every copy to the host waits for it.
+            written = torch.stack([next_ids.double(), confidences.double()], dim=1).tolist()
         first_rows: list[tuple[int, int, int]] = []  # Rows of `probs` and `q`, and the position.
         row_of_probs = {row: i for i, row in enumerate(drawing)}
         for row, (draft, (drawn_id, confidence)) in enumerate(zip(drafts, written, strict=True)):
@@ -180,8 +190,11 @@ class Writer:
                     else:
                         first_rows.append((row_of_probs[row], draft.row, start))
                         self._fill_later(draft, source, start, emitted)
-            else:
-                draft.proxy = retokenize(self._pair, draft.draft_ids)
+            else:  # Together they hardly make more target tokens than each alone; until those are enough, it can wait.
+                draft.about += self._count[draft_id]
+                draft.stale = draft.about < draft.max_proposals and draft_id not in self._pair.special.to_target
+                if not draft.stale:
+                    draft.proxy = retokenize(self._pair, draft.draft_ids)
         if first_rows:
             assert self.q is not None
             sources, rows, positions = (list(column) for column in zip(*first_rows, strict=True))
@@ -189,6 +202,9 @@ class Writer:
 
     def finish(self, drafts: Sequence[Draft]) -> None:
         """End a step: proposals that were not drawn get all the mass where others have a ``q``."""
+        for draft in drafts:
+            if draft.stale:
+                draft.proxy, draft.stale = retokenize(self._pair, draft.draft_ids), False
         if self.q is None:
             return
         for draft in drafts:
