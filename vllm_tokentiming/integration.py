@@ -101,6 +101,8 @@ def _take_over(runner: Any, scheduler_output: Any, sampled_token_ids: list[list[
     gone = {request_id for request_id, owner in proposer.owners.items() if requests.get(request_id) is not owner}
     proposer.release(gone | (scheduler_output.preempted_req_ids or set()))
     proposer.owners = {request_id: requests[request_id] for request_id in requests}
+    salts = {request_id: salt for request_id, salt in proposer.cache_salts.items() if request_id not in gone}
+    proposer.cache_salts = salts | compat.cache_salts(scheduler_output)
 
     committed = []
     for index, request_id in enumerate(batch.req_ids):
@@ -116,8 +118,11 @@ def _take_over(runner: Any, scheduler_output: Any, sampled_token_ids: list[list[
                 request.sampling_params.max_tokens - (num_target - request.num_prompt_tokens) - 1,
             )
         committed.append(
-            Committed(request_id, batch.token_ids_cpu[index], num_target, max(max_proposals, 0), _sampling(request))
-        )
+            Committed(
+                request_id, batch.token_ids_cpu[index], num_target, max(max_proposals, 0), _sampling(request),
+                proposer.cache_salts.get(request_id),
+            )
+        )  # fmt: skip
     return committed
 
 

@@ -49,6 +49,7 @@ class TokenTimingProposer:
         self.batch: list[Committed] = []
         self.proposals = Proposals([])  # Taken by the integration after each call.
         self.owners: dict[str, Any] = {}  # vLLM's state object of each request, which tells a reused id apart.
+        self.cache_salts: dict[str, str] = {}  # Of each request for which it is known; "" for none.
         self._drafter: Drafter | None = None
         self._faults: set[str] = set()
         integration.install()
