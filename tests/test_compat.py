@@ -87,6 +87,7 @@ def try_everything() -> dict:
     current_platform.register_triton_kernel_overrides()
 
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.core.sched.output import NewRequestData
     from vllm.v1.sample import rejection_sampler
     from vllm.v1.sample.ops import topk_topp_sampler
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -96,6 +97,7 @@ def try_everything() -> dict:
     def functions() -> list:
         return [
             EngineArgs.create_speculative_config,
+            vars(NewRequestData)["from_request"],
             rejection_sampler.expand_batch_to_tokens,
             topk_topp_sampler.apply_top_k_only,
             GPUModelRunner.propose_draft_token_ids,
@@ -186,8 +188,15 @@ def test_repaired_top_k_keeps_the_k_largest_logits(tried):
     assert tried["kept"] == tried["kept by hand"]
 
 
-def test_registering_changes_the_reading_of_arguments_and_nothing_else(tried):
-    assert tried["registered"] == [True, False, False, False, False]
+def test_registering_changes_the_reading_of_arguments_and_what_workers_hear_of_requests_and_nothing_else(tried):
+    assert tried["registered"] == [True, True, False, False, False, False]
+
+
+def test_vllm_does_not_tell_workers_the_salt_of_a_request():
+    """If this fails, `carry_cache_salts` is no longer needed."""
+    from vllm.v1.core.sched.output import NewRequestData
+
+    assert "cache_salt" not in NewRequestData.__dataclass_fields__
 
 
 def test_registering_prints_nothing_and_can_be_repeated(tried):
@@ -196,5 +205,5 @@ def test_registering_prints_nothing_and_can_be_repeated(tried):
 
 
 def test_a_proposer_installs_all_repairs_and_wrappers_once(tried):
-    assert tried["installed"] == [False, True, True, True, True]
+    assert tried["installed"] == [False, False, True, True, True, True]
     assert not any(tried["installed again"])

@@ -41,6 +41,7 @@ EVERYTHING = {
     "quantization": "fp8",
     "max_model_len": 512,
     "kv_memory_gib": 1,
+    "enable_prefix_caching": False,
     "enforce_eager": True,
     "max_draft_tokens": 12,
     "dtw_window": 3,

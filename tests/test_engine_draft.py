@@ -66,13 +66,44 @@ class Sequences:
             self.model.pool.close_row(row)
 
 
+def _write_sharing(model, prompts: list[list[int]]) -> tuple[list[list[int]], int]:
+    """The greedy continuations where nothing is read that the cache has, or gets in the same pass.
+
+    Returns:
+        They, and how many tokens were read.
+    """
+    from vllm_tokentiming.draft.model import Span
+
+    pool, num_read = model.pool, 0
+    sequences = [list(prompt) for prompt in prompts]
+    rows = [pool.open_row() for _ in prompts]
+    cached = [pool.share(row, ids, 0, len(ids)) for row, ids in zip(rows, sequences, strict=True)]
+    assert all(pool.grow(row, len(ids) + NUM_WRITTEN) for row, ids in zip(rows, sequences, strict=True))
+    cached = [pool.copy_beginning(*each) for each in zip(rows, sequences, cached, strict=True)]
+    for _ in range(NUM_WRITTEN):
+        spans = []
+        for index, (row, ids) in enumerate(zip(rows, sequences, strict=True)):
+            start = pool.share(row, ids, cached[index], len(ids))
+            spans.append((index, Span(row, start, ids[start:])))
+            cached[index] = pool.share(row, ids, len(ids), len(ids))
+            num_read += len(ids) - start
+        spans.sort(key=lambda pair: len(pair[1].draft_ids))
+        next_ids = model.forward([span for _, span in spans]).argmax(-1).tolist()
+        for (index, _), next_id in zip(spans, next_ids, strict=True):
+            sequences[index].append(next_id)
+    for row in rows:
+        pool.close_row(row)
+    return [ids[len(prompt) :] for ids, prompt in zip(sequences, prompts, strict=True)], num_read
+
+
 def write_in_all_ways() -> dict:
     """In a fresh process: the greedy continuation of ragged prompts, several ways."""
-    llm = engine.start(speculative_config=engine.speculation())
+    llm = engine.start(block_size=32, speculative_config=engine.speculation(enable_prefix_caching=True))
     model = engine.drafter(llm)._model
     tokenizer = engine.drafter(llm)._pair.draft.encoder
     prompts = [[1, *tokenizer.encode(text.encode())] for text in texts(None)[::17]]
     prompts += [[7], [1] + [i for prompt in prompts[:6] for i in prompt]]
+    prompts += [prompts[-1] + prompt for prompt in prompts[:5]]
     num_prompts = [len(prompt) for prompt in prompts]
     free = model.pool.num_free_blocks
 
@@ -109,6 +140,10 @@ def write_in_all_ways() -> dict:
         "prompts in chunks": together(5),
         "wrong tokens taken back": with_wrong_tokens(),
     }
+    for way in ("shared in one pass", "shared with what is over"):
+        result[way], result[f"{way}, read"] = _write_sharing(model, prompts[-6:])
+    result["shared tokens"] = num_prompts[-6]
+    result["own tokens"] = sum(num_prompts[:5]) + 6 * (NUM_WRITTEN - 1)
     result["blocks held"] = free - model.pool.num_free_blocks
     return result
 
@@ -122,6 +157,19 @@ def written():
 def test_ragged_batches_continue_as_in_transformers(written, way):
     assert len(written["transformers"]) > 12
     assert written[way] == written["transformers"]
+
+
+@pytest.mark.parametrize("way", ["shared in one pass", "shared with what is over"])
+def test_what_is_taken_over_continues_as_in_transformers(written, way):
+    assert written[way] == written["transformers"][-len(written[way]) :]
+
+
+def test_what_is_taken_over_is_not_read(written):
+    shared, own = written["shared tokens"], written["own tokens"]
+    assert shared > 3 * 32
+    assert written["shared in one pass, read"] <= shared + own + 5 * 32
+    # Also the beginnings of the blocks in which they part.
+    assert written["shared with what is over, read"] <= own + 6
 
 
 def test_closed_rows_give_all_their_blocks_back(written):

@@ -24,7 +24,7 @@ class Audit:
 
     Contexts must spell what the target has committed, and what is taken from the cache must have been written
     there. For each KV slot it remembers the token that was written, together with all tokens before it (as a
-    chained hash).
+    chained hash, which begins with the scope of what may be shared).
 
     Attributes:
         errors: What was wrong, in words.
@@ -39,8 +39,10 @@ class Audit:
         self.tokens_read = self.read_again = 0
         self._runner, self._drafter = engine.runner(llm), engine.drafter(llm)
         self._model, self._pool = self._drafter._model, engine.pool(llm)
-        self._written: dict[int, int] = {}
+        self._written: dict[int, int | None] = {}
+        self._filed: dict[int, object] = {}  # Blocks that were filed before this pass, and under what.
         self._ids: dict[int, list[int]] = {}  # By row: the sequence in it.
+        self._scopes: dict[int, object] = {}  # By row.
         self._contexts: dict[int, list[int]] | None = None
         self.num_blocks = self._pool.num_free_blocks
         self._forward, self._catch_up = self._model.forward, self._drafter._catch_up
@@ -58,6 +60,7 @@ class Audit:
             if pair.draft.token_bytes.decode(request.context.draft_ids) != expected:
                 self.errors.append(f"the context of {request_id} is not the target's")
         self._contexts = {request.row: request.context.draft_ids for request in requests}
+        self._scopes |= {request.row: request.scope for request in requests}
         try:
             return self._catch_up(requests)
         finally:
@@ -67,11 +70,32 @@ class Audit:
         rows = [span.row for span in spans]
         if len(set(rows)) != len(rows):
             self.errors.append(f"rows {rows} in one pass")
-        for span in spans:
-            self._check(span)
-        return self._forward(spans)
+        copied = {
+            block * BLOCK + offset: self._written.get(source * BLOCK + offset)
+            for block, source in self._pool.copies.items()
+            for offset in range(BLOCK)
+        }
+        self._written |= copied
+        # What one span writes another one may read in the same pass.
+        slots = [self._slots(span) for span in spans]
+        written = [slot for span, of_span in zip(spans, slots, strict=True) for slot, _ in of_span[span.start :]]
+        filed = self._filed.items() & self._pool._index._entries.items()
+        if len(set(written)) != len(written) or {slot // BLOCK for slot in written} & {block for block, _ in filed}:
+            self.errors.append("writes where others read")
+        for span, of_span in zip(spans, slots, strict=True):
+            last = len(self._contexts[span.row]) - 1 if self._contexts is not None else 0
+            self.read_again += sum(self._written.get(slot) == chain for slot, chain in of_span[span.start : last])
+            self._written |= dict(of_span[span.start :])
+        for span, of_span in zip(spans, slots, strict=True):
+            for position, (slot, chain) in enumerate(of_span[: span.start]):
+                if self._written.get(slot) != chain:
+                    self.errors.append(f"slot {slot} does not hold position {position}")
+        result = self._forward(spans)
+        self._filed = dict(self._pool._index._entries)
+        return result
 
-    def _check(self, span) -> None:
+    def _slots(self, span) -> list[tuple[int, int]]:
+        """Each position of a sequence up to the end of a span: its slot, and what the slot is to hold."""
         ids, start, end = list(span.draft_ids), span.start, span.start + len(span.draft_ids)
         if self._contexts is None:
             whole = self._ids.get(span.row, [])
@@ -85,17 +109,14 @@ class Audit:
                 self.errors.append(f"reads other tokens than its context at {start}")
             self.tokens_read += len(ids)
         self._ids[span.row] = sequence
-        chain = 0
+        chain, slots = hash(self._scopes[span.row]), []
         for position, draft_id in enumerate(sequence):
             chain = hash((chain, draft_id))
             block = int(self._pool.tables[span.row, position // BLOCK])
-            slot = block * BLOCK + position % BLOCK
-            known = self._written.get(slot) == chain
-            if block == 0 or (position < start and not known):
-                self.errors.append(f"slot {slot} does not hold position {position}")
-            elif position >= start:
-                self._written[slot] = chain
-                self.read_again += known and self._contexts is not None and position < len(whole) - 1
+            if block == 0:
+                self.errors.append(f"there is no block for position {position}")
+            slots.append((block * BLOCK + position % BLOCK, chain))
+        return slots
 
 
 def _start(draft: dict | None = None, **arguments):
@@ -172,6 +193,7 @@ def live_through_everything() -> dict:
         "prompts in chunks": ({}, {"max_num_batched_tokens": 32, "max_num_seqs": 4}),
         "prefix caching": ({}, {"enable_prefix_caching": True}),
         "small pool": ({"max_model_len": 512, "kv_memory_gib": 18 * block_bytes / 2**30}, {}),
+        "draft prefix caching": ({"enable_prefix_caching": True}, {}),
         "short draft": ({"max_model_len": 100}, {}),
         "two draft tokens": ({"max_draft_tokens": 2}, {}),
     }
@@ -195,7 +217,7 @@ def lived():
 
 ALL = (
     "usual", "again", "aborted", "preempted", "prompts in chunks", "prefix caching", "prefix cached",
-    "small pool", "short draft", "two draft tokens",
+    "small pool", "draft prefix caching", "short draft", "two draft tokens",
 )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ vLLM no longer needs it.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from typing import Any
@@ -32,6 +33,7 @@ _REQUIRED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._input_fits_in_drafter", ("common_attn_metadata",)),
     ("vllm.v1.spec_decode.custom_class_proposer", "create_custom_proposer", ("vllm_config",)),
+    ("vllm.v1.core.sched.output", "NewRequestData.from_request", ("request",)),
     ("vllm.forward_context", "set_forward_context", ("attn_metadata", "vllm_config", "num_tokens", "slot_mapping")),
     ("vllm.model_executor.model_loader", "get_model", ("vllm_config", "prefix")),
     ("vllm.v1.core.kv_cache_utils", "get_kv_cache_groups", ("vllm_config", "kv_cache_spec")),
@@ -62,6 +64,11 @@ _REQUIRED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ),
     ),
     ("vllm.v1.worker.gpu.attn_utils", "build_slot_mappings_by_layer", ("slot_mappings", "kv_cache_config")),
+    (
+        "vllm.v1.worker.utils",
+        "copy_kv_cache_blocks_inplace",
+        ("kv_caches", "num_blocks", "kv_cache_block_copies"),
+    ),
 )  # fmt: skip
 
 
@@ -95,6 +102,35 @@ def check_vllm() -> None:
             + (f" and {len(missing) - 1} more" if missing[1:] else "")
             + f"; install vLLM {TESTED_VERSIONS[-1]} or a newer vllm-tokentiming."
         )
+
+
+def carry_cache_salts() -> None:
+    """Have the scheduler tell workers the ``cache_salt`` of each new request.
+
+    Users give a salt so that others cannot find out, by timing, what they have sent; so only requests with the same
+    one may share what the draft has read. vLLM itself needs it in the scheduler only (``NewRequestData`` in
+    ``vllm/v1/core/sched/output.py`` lacks it in 0.32.0). Can go when ``NewRequestData`` has it.
+    """
+    from vllm.v1.core.sched.output import NewRequestData
+
+    original = NewRequestData.__dict__["from_request"].__func__
+    if getattr(original, "_tokentiming", False):
+        return
+
+    @functools.wraps(original)
+    def from_request(cls: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        data = original(cls, request, *args, **kwargs)
+        data.cache_salt = request.cache_salt
+        return data
+
+    from_request._tokentiming = True  # type: ignore[attr-defined]
+    NewRequestData.from_request = classmethod(from_request)
+
+
+def cache_salts(scheduler_output: Any) -> dict[str, str]:
+    """The salts of a step's new requests, by request id: "" where there is none; left out where it is not known."""
+    new = [data for data in scheduler_output.scheduled_new_reqs if hasattr(data, "cache_salt")]
+    return {data.req_id: data.cache_salt or "" for data in new}
 
 
 def verifier_takes_q() -> bool:

@@ -40,6 +40,7 @@ class TokenTimingConfig(BaseModel):
             goes on without proposals.
         kv_memory_gib: Memory for the draft's KV cache, in GiB; by default enough for ``max_num_seqs`` requests of
             the target's full length, but at most a quarter of what vLLM may use for the target's.
+        enable_prefix_caching: Whether the draft reads what prompts have in common only once; by default as the target.
         enforce_eager: Whether to run the draft without compilation; by default as the target.
         max_draft_tokens: Most draft tokens written per step; by default twice ``num_speculative_tokens``.
         adaptive_length: Whether to draft only as much as pays (``draft_length.py``), or always all that is allowed.
@@ -65,6 +66,7 @@ class TokenTimingConfig(BaseModel):
     quantization: str | None = None
     max_model_len: int | None = Field(None, ge=1)
     kv_memory_gib: float | None = Field(None, gt=0)
+    enable_prefix_caching: bool | None = None
     enforce_eager: bool | None = None
     max_draft_tokens: int | None = Field(None, ge=1)
     adaptive_length: bool = True

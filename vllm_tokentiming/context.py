@@ -49,6 +49,11 @@ class DraftContext:
         self._settled = len(self.draft_ids)  # Draft ids before this one can no longer change.
         self._tail = b""  # The bytes that the draft ids from there on spell.
 
+    @property
+    def num_settled(self) -> int:
+        """How many leading draft ids can no longer change."""
+        return self._settled
+
     def commit(self, target_ids: Sequence[int], drafted: Drafted | None = None) -> int:
         """Append target tokens.
 

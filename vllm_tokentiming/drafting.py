@@ -7,6 +7,9 @@ draft token by token, together, until each has as many target tokens as it may p
 piece of a longer target token. Drafting on until no further text could change it was measured: as many tokens were
 accepted, for more passes of the draft.)
 
+**What is not read.** Entries that stand, whoever wrote them: accepted draft tokens, and what another request with the
+same beginning has read, be it in the same pass (``draft/kv_pool.py``).
+
 **What is lost when something is missing.** Without a row, blocks, or positions left, a request gets no proposals in
 this step; it loses speed and nothing else.
 """
@@ -14,7 +17,7 @@ this step; it loses speed and nothing else.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,6 +44,8 @@ class Committed:
         sampling: How the draft is to be drawn; ``None`` for a greedy request, or one whose proposals vLLM may cut by
             looking at them.
         reproducible: Whether what is proposed must not depend on what else runs.
+        cache_salt: As in vLLM: only requests with the same one share what the draft has read; "" if the user gave
+            none. ``None`` if it is not known; then nothing is shared.
     """
 
     request_id: str
@@ -49,6 +54,7 @@ class Committed:
     max_proposals: int
     sampling: DraftSampling | None = None
     reproducible: bool = False
+    cache_salt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,7 @@ class Proposals:
 @dataclass
 class _Request:
     context: DraftContext
+    scope: Hashable  # Of what may be shared.
     row: int | None = None
     num_cached: int = 0  # Leading draft ids whose KV entries are in the row.
     drafted: Drafted | None = None  # What was drafted in the last step.
@@ -77,10 +84,30 @@ class _Request:
     history: History = field(default_factory=History)
 
 
+@dataclass
+class Counts:
+    """Tokens of the draft, since the start.
+
+    Attributes:
+        read: Of committed contexts, run through the draft.
+        reread: Those of them that had entries already: last tokens of contexts, whose logits were needed.
+        reused: Of committed contexts, not run, since the cache had them from another request or an earlier row.
+        drafted: Written and run through the draft.
+        kept: Those of them whose entries stood after verification: they are never in ``read``.
+    """
+
+    read: int = 0
+    reread: int = 0
+    reused: int = 0
+    drafted: int = 0
+    kept: int = 0
+
+
 class Drafter:
     """Drafts for all requests of one worker.
 
     Attributes:
+        counts: What it has computed.
         costs: What the passes of the last step cost: kind, tokens and seconds, as ``FixedLength.observe`` takes them.
     """
 
@@ -103,6 +130,7 @@ class Drafter:
         self._max_draft_tokens = max_draft_tokens
         self._writer = writer
         self._requests: dict[str, _Request] = {}
+        self.counts = Counts()
 
     def release(self, request_ids: Iterable[str]) -> None:
         """Forget requests and free their blocks."""
@@ -111,8 +139,9 @@ class Drafter:
                 self._close(request)
 
     def release_all(self) -> None:
-        """Forget every request."""
+        """Forget every request and whatever is in the cache, which cannot be relied on after a fault."""
         self.release(list(self._requests))
+        self._model.pool.forget_prefixes()
 
     @torch.inference_mode()
     def propose(self, batch: Sequence[Committed]) -> Proposals:
@@ -180,17 +209,24 @@ class Drafter:
         request = self._requests.get(committed.request_id)
         if request is None or request.context.num_target > committed.num_target:
             self.release([committed.request_id])
-            request = self._requests[committed.request_id] = _Request(DraftContext(self._pair))
+            request = self._requests[committed.request_id] = _Request(
+                DraftContext(self._pair), object() if committed.cache_salt is None else committed.cache_salt
+            )
         context = request.context
+        num_before = len(context.draft_ids)
         target_ids = committed.target_ids[context.num_target : committed.num_target].tolist()
-        num_draft = len(context.draft_ids)
         kept = context.commit(target_ids, request.drafted)
         if request.drafted is not None and request.chain is not None:
             proxy_ids = request.drafted.proxy.target_ids[: request.chain.max_proposals]
             rejected = target_ids[: len(proxy_ids)] != proxy_ids
-            self._length.learn(request.chain, max(kept - num_draft, 0), rejected, len(request.drafted.proxy.target_ids))
+            self._length.learn(
+                request.chain, max(kept - num_before, 0), rejected, len(request.drafted.proxy.target_ids)
+            )
         # The last token of a context is always read again: its logits are what drafting starts from.
-        request.num_cached = min(request.num_cached, kept, len(context.draft_ids) - 1)
+        standing = min(request.num_cached, kept)
+        request.num_cached = min(standing, max(0, len(context.draft_ids) - 1))
+        self.counts.kept += max(0, standing - num_before)
+        self.counts.reread += standing - request.num_cached
         request.drafted = request.chain = None
         return request
 
@@ -202,12 +238,17 @@ class Drafter:
         if need > self._model.max_model_len:
             self._close(request)
             return False
-        pool = self._model.pool
+        pool, had = self._model.pool, request.num_cached
         while True:
             if request.row is None:
-                request.row = pool.open_row()
-            if request.row is not None and pool.grow(request.row, need):
-                return True
+                request.row = pool.open_row(request.scope)
+            if request.row is not None:
+                self._share(request)
+                if pool.grow(request.row, need):
+                    draft_ids = request.context.draft_ids
+                    request.num_cached = pool.copy_beginning(request.row, draft_ids, request.num_cached)
+                    self.counts.reused += max(0, request.num_cached - had)
+                    return True
             # Requests that are not in the batch (preempted, or waiting their turn) can read their context again.
             idle = next((r for r in self._requests.values() if r.row is not None and id(r) not in present), None)
             if idle is None:
@@ -215,6 +256,13 @@ class Drafter:
                 self._close(request)
                 return False
             self._close(idle)
+
+    def _share(self, request: _Request) -> None:
+        assert request.row is not None
+        context = request.context
+        request.num_cached = self._model.pool.share(
+            request.row, context.draft_ids, request.num_cached, context.num_settled
+        )
 
     def _close(self, request: _Request) -> None:
         if request.row is not None:
@@ -234,10 +282,15 @@ class Drafter:
         for request in shortest_first:
             if room == 0:
                 break
+            had = request.num_cached
+            self._share(request)  # It may take over what a span before this one is going to write.
+            self.counts.reused += request.num_cached - had
             draft_ids = request.context.draft_ids[request.num_cached : request.num_cached + room]
             assert request.row is not None
             reading.append((request, Span(request.row, request.num_cached, draft_ids)))
             request.num_cached += len(draft_ids)
+            self._share(request)  # Later spans may take over what this one is going to write.
+            self.counts.read += len(draft_ids)
             room -= len(draft_ids)
         if not reading:
             return 0, {}
@@ -277,5 +330,6 @@ class Drafter:
                 assert request.row is not None
                 spans.append(Span(request.row, request.num_cached, draft.draft_ids[-1:]))
                 request.num_cached += 1
+            self.counts.drafted += len(spans)
             logits = self._model.forward(spans)
             kind, num_tokens, began = "later", len(drafts), now

@@ -110,6 +110,8 @@ def _take_over(runner: Any, scheduler_output: Any, sampled_token_ids: list[list[
     gone = {request_id for request_id, owner in proposer.owners.items() if requests.get(request_id) is not owner}
     proposer.release(gone | (scheduler_output.preempted_req_ids or set()))
     proposer.owners = {request_id: requests[request_id] for request_id in requests}
+    salts = {request_id: salt for request_id, salt in proposer.cache_salts.items() if request_id not in gone}
+    proposer.cache_salts = salts | compat.cache_salts(scheduler_output)
 
     committed = []
     for index, request_id in enumerate(batch.req_ids):
@@ -135,6 +137,7 @@ def _take_over(runner: Any, scheduler_output: Any, sampled_token_ids: list[list[
                 # A greedy request writes the same text whatever is proposed.
                 reproducible=request.sampling_params.seed is not None
                 and request.sampling_params.temperature >= _GREEDY_BELOW,
+                cache_salt=proposer.cache_salts.get(request_id),
             )
         )
     return committed

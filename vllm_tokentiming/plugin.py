@@ -19,13 +19,16 @@ from vllm_tokentiming.config import (
 
 
 def register() -> None:
-    """Let ``EngineArgs`` understand our method.
+    """Let ``EngineArgs`` understand our method, and the scheduler tell workers the salts of requests.
 
     vLLM refuses methods that it does not know (``SpeculativeConfig``, all versions so far); this can go when a plugin
     may register one.
     """
     from vllm.engine.arg_utils import EngineArgs
 
+    from vllm_tokentiming.compat import carry_cache_salts
+
+    carry_cache_salts()
     original = EngineArgs.create_speculative_config
     if getattr(original, "_tokentiming", False):
         return

@@ -52,6 +52,7 @@ class TokenTimingProposer:
         self.num_scheduled = 0  # Tokens in the target's pass.
         self.proposals = Proposals([])  # Taken by the integration after each call.
         self.owners: dict[str, Any] = {}  # vLLM's state object of each request, which tells a reused id apart.
+        self.cache_salts: dict[str, str] = {}  # Of each request for which it is known; "" for none.
         self._drafter: Drafter | None = None
         self._length = AdaptiveLength() if self._settings.adaptive_length else FixedLength()
         self._ended: float | None = None  # When the last call returned.

@@ -29,6 +29,7 @@ from vllm.v1.worker.gpu.attn_utils import (
     init_attn_backend,
     init_kv_cache,
 )
+from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 
 from vllm_tokentiming.config import SettingsError, TokenTimingConfig
 from vllm_tokentiming.draft.device import available_bytes, kv_budget_bytes
@@ -154,13 +155,18 @@ class DraftModel:
         self._attn_groups, _, kernel_block_sizes = init_attn_backend(kv_config, self._config, self.device)
         init_kv_cache(context, kv_config, self.device, kernel_block_sizes, self._config)
         self._kv_config = kv_config
+        self._kv_caches = [context[name].kv_cache for name in specs]
         # A backend may divide vLLM's blocks into smaller ones; the cache is ours alone, so ours are those.
         block_size, divided = kernel_block_sizes[0], block_size // kernel_block_sizes[0]
+        self._num_blocks = kv_config.num_blocks * divided
         logger.info(
             "TokenTiming draft model %s: KV cache of %.2f GiB, %d tokens.",
-            settings.model, wanted / _GIB, kv_config.num_blocks * divided * block_size,
+            settings.model, wanted / _GIB, self._num_blocks * block_size,
         )  # fmt: skip
-        return KVPool(kv_config.num_blocks * divided, block_size, 2 * max_num_seqs, self.max_model_len)
+        cache_prefixes = settings.enable_prefix_caching
+        if cache_prefixes is None:
+            cache_prefixes = vllm_config.cache_config.enable_prefix_caching
+        return KVPool(self._num_blocks, block_size, 2 * max_num_seqs, self.max_model_len, cache_prefixes)
 
     @torch.inference_mode()
     def forward(self, spans: Sequence[Span]) -> torch.Tensor:
@@ -168,13 +174,15 @@ class DraftModel:
 
         Args:
             spans: At most ``max_batch_tokens`` tokens, shortest spans first (some attention backends want decodes
-                before prefills). Each row has room for its tokens.
+                before prefills). Each row has room for its tokens. A span may build on what another one writes in
+                this pass: in each layer, all entries are written before any are read.
 
         Returns:
             Logits after each span's last token, ``[len(spans), vocab_size]``, on the device.
         """
         if self._uploaded is not None:
             self._uploaded.synchronize()
+        self._copy_blocks()
         lengths = np.array([len(span.draft_ids) for span in spans], dtype=np.int32)
         starts = np.array([span.start for span in spans], dtype=np.int32)
         rows = np.array([span.row for span in spans], dtype=np.int32)
@@ -219,6 +227,12 @@ class DraftModel:
         last = self._query_start.gpu[1 : num_seqs + 1] - 1
         logits: torch.Tensor = self._model.compute_logits(hidden[last.long()])
         return logits[:, : self.vocab_size]
+
+    def _copy_blocks(self) -> None:
+        if self.pool.copies:
+            copies = [(source, block) for block, source in self.pool.copies.items()]
+            copy_kv_cache_blocks_inplace(self._kv_caches, self._num_blocks, copies)
+            self.pool.copies.clear()
 
     def _slots_of(self, rows: npt.NDArray[np.int32], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         block, offset = np.divmod(positions, self.pool.block_size)
