@@ -1,9 +1,9 @@
 """Where the time of an engine's steps goes: timers around vLLM's model runner and the draft, for any method.
 
-Phases, each a list of calls: `step` (all of the engine's), `prefill pass` and `target pass` (the target's inputs, layers
-and logits; prefill if the step has a new request), `sampling` (and verification), `drafting` (all of a proposer's work),
-and inside it `draft pass` (one call of the draft model). A timer costs under a microsecond, a step more than one
-millisecond. On an accelerator, whose work goes on after a call returns, the phases are not to be used.
+Phases: `step` (all of the engine's), `prefill pass` and `target pass` (the target's inputs, layers and logits; prefill
+if the step has a new request), `sampling` (and verification), `drafting` (all of a proposer's work), and inside it
+`draft pass` (one call of the draft model). A timer costs under a microsecond, a step more than one millisecond. On an
+accelerator, whose work goes on after a call returns, the phases are not to be used.
 """
 
 import functools

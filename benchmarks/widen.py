@@ -9,7 +9,7 @@ show. So it is widened: the text stays that of the small model, and every pass c
 **Widths.** The residual stream is padded with zeros. What would write into the padding (embedding, output projections)
 is zero there; what reads from it is random, since it reads zeros. New heads and new columns of the MLP are random, and
 the columns of the output projections that read them are zero. **Layers.** New layers are random, and their output
-projections are zero, so the residual stream passes them unchanged. Nothing else is zero: no multiplication can be skipped.
+projections are zero, so the residual stream passes them unchanged. Nothing else is zero: nothing can be skipped.
 
 **Norms.** RMSNorm divides by `sqrt(mean + eps)`, and the padded mean is `old / new` times as large. With `eps` scaled
 by the same ratio and the weights by its root, the result is the old one.
