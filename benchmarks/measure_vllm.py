@@ -45,7 +45,8 @@ def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
             `tokens`, `seed`.
 
     Returns:
-        For each temperature and workload what was counted, the seconds of each group, and what was written.
+        For each temperature and workload the phases, and for each group its seconds, what was counted, and what was
+        written.
     """
     from vllm import LLM, SamplingParams
 
@@ -71,7 +72,7 @@ def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
     phases, rows = Phases(llm), []
     for temperature in job["temperatures"]:
         for workload, prompts in job["workloads"].items():
-            before, groups = counters(llm), []
+            groups = []
             phases.take()
             for start in range(0, len(prompts), size):
                 parameters = [
@@ -80,17 +81,17 @@ def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
                     )
                     for i in range(size)
                 ]
-                began = time.perf_counter()
+                before, began = counters(llm), time.perf_counter()
                 outputs = llm.generate(prompts[start : start + size], parameters, use_tqdm=False)
                 seconds = time.perf_counter() - began
                 target_ids = [list(output.outputs[0].token_ids) for output in outputs]
-                groups.append({"seconds": seconds, "target_ids": target_ids})
+                counted = since(before, counters(llm))
+                groups.append({"seconds": seconds, "target_ids": target_ids, "counters": counted})
             rows.append(
                 {
                     "temperature": temperature,
                     "workload": workload,
                     "groups": groups,
-                    "counters": since(before, counters(llm)),
                     "phases": phases.take(),
                 }
             )
