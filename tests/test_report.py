@@ -24,7 +24,7 @@ def write(folder, method, repetition, seconds, passes, written, *, temperature=0
     groups = [
         {
             "seconds": s, "target_ids": [ids],
-            "counters": {"passes": p, "drafts": p, "proposed": 3 * p, "accepted": 20 - p, "accepted_at": [p // 2, 1, 0]},
+            "counters": {"passes": p, "drafts": p, "accepted_at": [p // 2, 1, 0]},
         }
         for s, p, ids in zip(seconds, passes, written, strict=True)
     ]  # fmt: skip
@@ -36,14 +36,6 @@ def write(folder, method, repetition, seconds, passes, written, *, temperature=0
     cell = {"ratio": 20, "method": method, "proposals": proposals, "concurrency": 1, "repetition": repetition}
     row = {"temperature": temperature, "workload": "heldout", "groups": groups, "phases": phases}
     origin = {"argv": ["suite.py"], "commit": "c", "modified": [], "versions": {}, "processor": "p", "cores": 1}
-        "argv": ["suite.py"],
-        "commit": "c",
-        "modified": [],
-        "versions": {},
-        "processor": "p",
-        "cores": 1,
-        "time": "t",
-    }
     shape = {"layers": 9, "hidden": 64, "parameters": 2, "original_parameters": 1, "chosen_by": None}
     content = {
         "cell": cell, "rows": [row], "widened": shape, "provenance": {**origin, "time": "t"},
