@@ -37,7 +37,7 @@ def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
                 torch.manual_seed(job["seed"] + number)
                 for seconds in passes.values():
                     seconds.clear()
-                began = time.perf_counter()
+                began, cpu_began = time.perf_counter(), time.process_time()
                 written = target.generate(
                     ids, attention_mask=torch.ones_like(ids), pad_token_id=tokenizer.eos_token_id,
                     min_new_tokens=job["tokens"], max_new_tokens=job["tokens"], **sampling, **arguments,
@@ -45,6 +45,7 @@ def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
                 groups.append(
                     {
                         "seconds": time.perf_counter() - began,
+                        "cpu_seconds": time.process_time() - cpu_began,
                         "target_ids": [written[0, ids.shape[1] :].tolist()],
                         # As in vLLM: without the pass that reads the prompt. (Under speculation it verifies, too.)
                         "counters": {"passes": len(passes["target pass"]) - 1},

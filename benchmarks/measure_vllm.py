@@ -81,12 +81,18 @@ def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
                     )
                     for i in range(size)
                 ]
-                before, began = counters(llm), time.perf_counter()
+                before, began, cpu_began = counters(llm), time.perf_counter(), time.process_time()
                 outputs = llm.generate(prompts[start : start + size], parameters, use_tqdm=False)
-                seconds = time.perf_counter() - began
+                seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
                 target_ids = [list(output.outputs[0].token_ids) for output in outputs]
-                counted = since(before, counters(llm))
-                groups.append({"seconds": seconds, "target_ids": target_ids, "counters": counted})
+                groups.append(
+                    {
+                        "seconds": seconds,
+                        "cpu_seconds": cpu_seconds,
+                        "target_ids": target_ids,
+                        "counters": since(before, counters(llm)),
+                    }
+                )
             rows.append(
                 {
                     "temperature": temperature,

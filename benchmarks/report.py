@@ -13,82 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import plots
+from conclusions import (
+    CLOCKS,
+    against_peers,
+    best_and_worst,
+    disturbance,
+    is_main,
+    laws,
+    loops_sentence,
+    losslessness,
+)
 from grid import METHODS, SAME_VOCABULARY, TRANSFORMERS_METHODS
-from results import Case, Measured, compare, read
+from results import Measured, compare, read
 from tables import SECTIONS, table
 
 HERE = Path(__file__).resolve().parent
-OURS, PEER = "tokentiming", "tli (vLLM)"
 
 
 def _or_dash(value: object | None) -> str:
     return "–" if value is None else str(value)
-
-
-def best_and_worst(measured: Sequence[Measured]) -> list[str]:
-    """Sentences: where our method gains most and least, and how often it loses."""
-    rows = sorted(((s, m) for m in measured if m.method == OURS and (s := m.speedup())), key=lambda row: row[0].value)
-    if not rows:
-        return [f"There is no row of `{OURS}` to draw a conclusion from."]
-    slower, faster = sum(s.high < 1 for s, _ in rows), sum(s.low > 1 for s, _ in rows)
-    (worst, worst_row), (best, best_row) = rows[0], rows[-1]
-    return [
-        f"In {len(rows)} cases `{OURS}` is faster than plain decoding in {faster}, slower in {slower}, and not to be "
-        f"told apart in {len(rows) - faster - slower} (95 % intervals).",
-        f"Best: **{best}** times plain decoding's speed ({best_row.label}).",
-        f"Worst: **{worst}** times ({worst_row.label}).",
-    ]
-
-
-def against_peers(measured: Sequence[Measured], main: Case) -> list[str]:
-    """Sentences: all methods in the main case, the fastest first, for each temperature."""
-    sentences = []
-    for temperature in sorted({m.case.temperature for m in measured}):
-        case = main._replace(temperature=temperature)
-        rows = [(s, m.method) for m in measured if _is_main(m, measured) and m.case == case and (s := m.speedup())]
-        ranked = ", ".join(f"{method} {s}" for s, method in sorted(rows, key=lambda row: -row[0].value))
-        if ranked:
-            sentences.append(
-                f"{case.workload}, T = {temperature:g}, cost ratio {case.ratio:g}, batch {case.concurrency}: {ranked}."
-            )
-    return sentences
-
-
-def losslessness(measured: Sequence[Measured]) -> list[str]:
-    """Sentences: how many greedy outputs were plain decoding's, and which were not."""
-    checked = [(m, row["lossless"]) for m in measured for row in m.rows if "lossless" in row]
-    if not checked:
-        return ["No greedy row has been compared with plain decoding."]
-    same, of = (sum(found[name] for _, found in checked) for name in ("same", "of"))
-    sentences = [f"{same:,} of {of:,} greedy outputs are plain decoding's, token by token (float32)."]
-    for m, found in checked:
-        if found["same"] < found["of"]:
-            sentences.append(f"**Not lossless:** {m.label}: {found['of'] - found['same']} of {found['of']} differ.")
-    return sentences
-
-
-def loops_sentence(measured: Sequence[Measured]) -> str:
-    """How much is left out since it loops."""
-    parts = []
-    for temperature in sorted({m.case.temperature for m in measured}):
-        found = [m.looping for m in measured if m.case.temperature == temperature]
-        share = sum(int(loops.sum()) for loops in found) / sum(len(loops) for loops in found)
-        parts.append(f"{share:.0%} of the groups at T = {temperature:g}")
-    return (
-        "Outputs that end in a loop, which flatter every method, are left out of speed-ups and tokens per pass: "
-        + ", ".join(parts)
-        + " (a group is left out for all methods if more than half of plain decoding's outputs in it loop)."
-    )
-
-
-def _is_main(m: Measured, measured: Sequence[Measured]) -> bool:
-    return m.proposals == main_proposals(measured)
-
-
-def main_proposals(measured: Sequence[Measured]) -> int:
-    """The number of proposals that most rows have."""
-    numbers = [m.proposals for m in measured]
-    return max(set(numbers), key=numbers.count)
 
 
 def by_method(measured: Sequence[Measured], column: Any, value: Any, name: Any) -> str:
@@ -160,14 +103,14 @@ def section_bound(rows: Sequence[Measured]) -> str:
 
 
 def section_losing(measured: Sequence[Measured]) -> str:
-    """Every row that is slower than plain decoding."""
-    rows = sorted((s, m.label) for m in measured if (s := m.speedup()) and s.high < 1)
+    """Every row that is slower than plain decoding, whether or not its interval holds 1."""
+    rows = sorted((s, m.label) for m in measured if (s := m.speedup()) and s.value < 1)
     text = "## Where it does not pay\n\n"
     if not rows:
-        return text + "No case is slower than plain decoding with its whole interval.\n"
+        return text + "No case is slower than plain decoding.\n"
     return (
         text
-        + f"All {len(rows)} cases that are slower than plain decoding with their whole interval:\n\n"
+        + f"All {len(rows)} cases that are slower than plain decoding, the worst first:\n\n"
         + table(("case", "speed-up"), [(label, s) for s, label in rows])
     )
 
@@ -229,23 +172,25 @@ def section_how(files: Sequence[dict[str, Any]], measured: Sequence[Measured]) -
     return "\n".join(lines)
 
 
-def suite_sections(files: Sequence[dict[str, Any]], folder: Path) -> list[str]:
+def suite_sections(measured: Sequence[Measured], folder: Path) -> list[str]:
     """Everything that comes from the suite, conclusions first."""
-    measured = compare(list(files))
     if not measured:
         raise SystemExit("The suite's folder has no method beside plain decoding.")
     cases = [m.case for m in measured]
     # The main case is the one that most workloads were measured in.
     places = [(case.ratio, case.concurrency) for case in cases]
     ratio, concurrency = max(dict.fromkeys(places), key=places.count)
-    usual = [m for m in measured if _is_main(m, measured)]
+    usual = [m for m in measured if is_main(m, measured)]
     main = [m for m in usual if (m.case.ratio, m.case.concurrency) == (ratio, concurrency)]
     # The other axes were measured on one workload, which the main case has, too.
     others = [m.case.workload for m in measured if (m.case.ratio, m.case.concurrency) != (ratio, concurrency)]
     pool = others[0] if others else main[0].case.workload
     pooled = [m for m in usual if m.case.workload == pool]
     in_main = [m for m in main if m.case.workload == pool]
-    sentences = best_and_worst(measured) + against_peers(measured, in_main[0].case) + losslessness(measured)
+    sentences = (
+        best_and_worst(measured) + against_peers(measured, in_main[0].case) + losslessness(measured) + laws(measured)
+    )
+    sentences += disturbance(measured, measured[0].clock)
     findings = HERE / "findings.md"
     return [
         "## In short\n\n" + "\n".join(f"- {sentence}" for sentence in sentences) + "\n",
@@ -271,16 +216,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", type=Path, required=True, help="folder with the suite's files")
     parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md")
+    parser.add_argument("--clock", choices=CLOCKS, default="seconds", help="cpu_seconds, where other work disturbs")
     for name, (title, _) in SECTIONS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=Path, help=f"file for {title!r}")
     options = parser.parse_args()
     files = read(options.suite)
+    measured = compare(files, options.clock)
     parts = ["# Results\n\nWritten by `benchmarks/report.py` from the benchmarks' files; no number is typed in.\n"]
-    parts += suite_sections(files, options.out.parent / "plots")
+    parts += suite_sections(measured, options.out.parent / "plots")
     for name, (title, reader) in SECTIONS.items():
         if path := getattr(options, name):
             parts.append(f"## {title}\n\n{reader(path)}")
-    parts.append(section_how(files, compare(files)))
+    parts.append(section_how(files, measured))
     options.out.write_text("\n".join(part.rstrip("\n") + "\n" for part in parts if part))
     print(f"{options.out}: {len(files)} cells")
 

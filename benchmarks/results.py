@@ -63,6 +63,8 @@ class Measured:
     Attributes:
         method: Its name.
         proposals: Most tokens proposed in a step.
+        clock: What speed-ups are ratios of: `seconds` that passed, or `cpu_seconds` of the process, which other load
+            disturbs less, and which mean the same with one thread.
         rows: As in the files, one for each repetition.
         plain: Of the same repetitions.
     """
@@ -70,6 +72,7 @@ class Measured:
     case: Case
     method: str
     proposals: int
+    clock: str = "seconds"
     rows: list[dict[str, Any]] = field(default_factory=list)
     plain: list[dict[str, Any]] = field(default_factory=list)
 
@@ -103,7 +106,7 @@ class Measured:
         if not keep_loops and self.looping.all():
             return None
         above, below = (
-            self._groups(rows, lambda group: group["seconds"], keep_loops) for rows in (self.plain, self.rows)
+            self._groups(rows, lambda group: group[self.clock], keep_loops) for rows in (self.plain, self.rows)
         )
         return ratio_of_sums(above, below)
 
@@ -144,6 +147,11 @@ class Measured:
             "achieved": speedup.value / bound,
         }  # fmt: skip
 
+    def undisturbed(self) -> list[float]:
+        """Share of the time in which the process had a processor, for each group; plain decoding's, too."""
+        groups = [group for row in self.rows + self.plain for group in row["groups"]]
+        return [group["cpu_seconds"] / group["seconds"] for group in groups]
+
     def phases(self) -> dict[str, float]:
         """Seconds of an average step by phase, without overlap: they add up to the step."""
         totals: defaultdict[str, float] = defaultdict(float)
@@ -168,11 +176,12 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
-def compare(files: list[dict[str, Any]]) -> list[Measured]:
+def compare(files: list[dict[str, Any]], clock: str = "seconds") -> list[Measured]:
     """Pair every speculative row with plain decoding's row of the same repetition.
 
     Args:
         files: From `read`.
+        clock: See `Measured`.
 
     Returns:
         For each method, number of proposals, and case; those without a plain row are left out.
@@ -193,7 +202,7 @@ def compare(files: list[dict[str, Any]]) -> list[Measured]:
         if beside is None or len(beside["groups"]) != len(row["groups"]):
             continue
         key = case, cell["method"], cell["proposals"]
-        measured = found.setdefault(key, Measured(case, cell["method"], cell["proposals"]))
+        measured = found.setdefault(key, Measured(case, cell["method"], cell["proposals"], clock))
         measured.rows.append(row)
         measured.plain.append(beside)
     return list(found.values())

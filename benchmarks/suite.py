@@ -29,6 +29,7 @@ from grid import (
     baseline,
     with_draft,
 )
+from likelihood import log_likelihoods
 from pass_times import run_python, shape_for_ratio
 from provenance import provenance
 from widen import widen_folder
@@ -86,6 +87,12 @@ def measure(cell: Cell, grid: Grid, options: argparse.Namespace) -> dict[str, An
         job["speculative"] = with_draft(cell.method, cell.proposals, options.draft, options.same_vocabulary_draft)
     began = time.perf_counter()
     result = run_python(script, job)
+    process_seconds = time.perf_counter() - began
+    for row in result["rows"]:
+        if row["temperature"]:
+            written = [ids for group in row["groups"] for ids in group["target_ids"]]
+            given = prompts[row["workload"]]
+            row["log_likelihoods"] = log_likelihoods(options.target, given, written, row["temperature"])
     del job["workloads"]
     return {
         "cell": dataclasses.asdict(cell),
@@ -94,7 +101,7 @@ def measure(cell: Cell, grid: Grid, options: argparse.Namespace) -> dict[str, An
         "datasets": {name: found["sha256"] for name, found in loaded.items()},
         "widened": widened,
         "provenance": provenance(),
-        "process_seconds": time.perf_counter() - began,
+        "process_seconds": process_seconds,
         **result,
     }
 

@@ -25,12 +25,14 @@ def exactness(path: Path) -> str:
     """Of `exactness.py`: every setting's worst test, and whether the controls were caught."""
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     settings = [entry for entry in entries if "setting" in entry]
+    names = [entry["setting"] for entry in settings]
+    mixed = {name for name in names if names.count(name) > 1}
     rows = []
     for entry in settings:
         worst = min(entry["tests"], key=lambda test: test["p"])
         rows.append(
             (
-                entry["setting"] + "".join(f", {n} {v:g}" for n, v in entry["sampling"].items() if n == "temperature"),
+                entry["setting"] + (f", T = {entry['sampling']['temperature']:g}" if entry["setting"] in mixed else ""),
                 f"{entry['sequences']:,}",
                 f"{entry['tokens_per_pass']:.2f}",
                 f"{entry['least_p']:.2g}",

@@ -11,6 +11,7 @@ pytest.importorskip("matplotlib")
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import conclusions
 import lossless
 import report
 from grid import GRIDS, METHODS, baseline
@@ -20,10 +21,10 @@ from workloads import loops
 TEXT = [list(range(number, number + 21)) for number in (0, 100, 200)]
 
 
-def write(folder, method, repetition, seconds, passes, written, *, temperature=0.0):
+def write(folder, method, repetition, seconds, passes, written, *, busy=0.0):
     groups = [
         {
-            "seconds": s, "target_ids": [ids],
+            "seconds": s, "cpu_seconds": s * (1 - busy), "target_ids": [ids],
             "counters": {"passes": p, "drafts": p, "accepted_at": [p // 2, 1, 0]},
         }
         for s, p, ids in zip(seconds, passes, written, strict=True)
@@ -34,7 +35,7 @@ def write(folder, method, repetition, seconds, passes, written, *, temperature=0
         phases["draft pass"] = {"calls": 4 * sum(passes), "seconds": 0.04 * sum(passes), "median": 0.01}
     proposals = 0 if method == "plain" else 3
     cell = {"ratio": 20, "method": method, "proposals": proposals, "concurrency": 1, "repetition": repetition}
-    row = {"temperature": temperature, "workload": "heldout", "groups": groups, "phases": phases}
+    row = {"temperature": 0.0, "workload": "heldout", "groups": groups, "phases": phases}
     origin = {"argv": ["suite.py"], "commit": "c", "modified": [], "versions": {}, "processor": "p", "cores": 1}
     shape = {"layers": 9, "hidden": 64, "parameters": 2, "original_parameters": 1, "chosen_by": None}
     content = {
@@ -59,6 +60,14 @@ def test_speedup_and_tokens_per_pass_are_ratios_of_sums(tmp_path):
     bound = measured.bound()
     assert bound["bound"] == pytest.approx((60 / 25) * 0.1 / (0.1 + 4 * 0.01))
     assert sum(measured.phases().values()) == pytest.approx(0.2)
+
+
+def test_a_busy_machine_is_reported(tmp_path):
+    pair(tmp_path)
+    assert not any("busy" in sentence for sentence in conclusions.disturbance(compare(read(tmp_path)), "seconds"))
+    write(tmp_path, "tokentiming", 1, [2, 2, 1], [10, 10, 5], TEXT, busy=0.3)
+    sentences = conclusions.disturbance(compare(read(tmp_path)), "seconds")
+    assert "not to be trusted" in sentences[-1]
 
 
 def test_groups_whose_plain_output_loops_count_for_no_method(tmp_path):
