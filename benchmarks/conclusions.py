@@ -102,14 +102,20 @@ def laws(measured: Sequence[Measured]) -> list[str]:
                 found, expected = scores.setdefault((m.method, m.case.temperature), ([], []))
                 found += row["log_likelihoods"]
                 expected += plain["log_likelihoods"]
-    sentences = []
+    sentences, furthest = [], 0.0
     for (method, temperature), (found, expected) in scores.items():
-        if abs(far := standard_errors(found, expected)) > FURTHEST:
+        far = standard_errors(found, expected)
+        furthest = max(furthest, abs(far))
+        if abs(far) > FURTHEST:
             sentences.append(
                 f"**Not the target's law:** what `{method}` samples at T = {temperature:g} has a log-likelihood of "
                 f"{np.mean(found):.2f} nats a token under the target, plain decoding's {np.mean(expected):.2f} "
                 f"({far:+.0f} standard errors). Its sampled rows are no fair comparison."
             )
     if scores and not sentences:
-        sentences.append("Sampled outputs of all methods are as likely under the target as plain decoding's.")
+        least = min(len(found) for found, _ in scores.values())
+        sentences.append(
+            f"No method's sampled outputs could be told from plain decoding's by their likelihood under the target (the "
+            f"furthest: {furthest:.1f} standard errors; at least {least} outputs each)."
+        )
     return sentences

@@ -47,8 +47,8 @@ def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
                         "seconds": time.perf_counter() - began,
                         "cpu_seconds": time.process_time() - cpu_began,
                         "target_ids": [written[0, ids.shape[1] :].tolist()],
-                        # As in vLLM: without the pass that reads the prompt. (Under speculation it verifies, too.)
-                        "counters": {"passes": len(passes["target pass"]) - 1},
+                        # All of them, unlike in vLLM: under speculation the pass that reads the prompt verifies, too.
+                        "counters": {"passes": len(passes["target pass"]), "tokens": written.shape[1] - ids.shape[1]},
                     }
                 )
                 totals["target pass"] += passes["target pass"][1:]

@@ -90,7 +90,10 @@ def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
                         "seconds": seconds,
                         "cpu_seconds": cpu_seconds,
                         "target_ids": target_ids,
-                        "counters": since(before, counters(llm)),
+                        "counters": {
+                            **since(before, counters(llm)),
+                            "tokens": sum(len(ids) - 1 for ids in target_ids),  # As for passes, without the first.
+                        },
                     }
                 )
             rows.append(

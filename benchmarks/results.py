@@ -1,6 +1,7 @@
 """The suite's files, read: speed-ups against plain decoding with intervals, tokens per pass, the bound, the phases."""
 
 import json
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +18,7 @@ LEVEL = 0.95
 
 
 class Estimate(NamedTuple):
-    """A value with the ends of its interval."""
+    """A value with the ends of its interval; they are NaN if it is the value of one group, which tells of no other."""
 
     value: float
     low: float
@@ -25,6 +26,8 @@ class Estimate(NamedTuple):
 
     def __str__(self) -> str:
         """For a table."""
+        if math.isnan(self.low):
+            return f"{self.value:.2f} [one group]"
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
@@ -49,6 +52,8 @@ def ratio_of_sums(above: npt.NDArray[np.float64], below: npt.NDArray[np.float64]
     """
     rng = np.random.default_rng(0)
     repetitions, groups = above.shape
+    if groups == 1:
+        return Estimate(float(above.sum() / below.sum()), math.nan, math.nan)
     rows = rng.integers(0, repetitions, (DRAWS, repetitions, 1))
     columns = rng.integers(0, groups, (DRAWS, 1, groups))
     drawn = above[rows, columns].sum((1, 2)) / below[rows, columns].sum((1, 2))
@@ -111,10 +116,10 @@ class Measured:
         return ratio_of_sums(above, below)
 
     def tokens_per_pass(self, keep_loops: bool = False) -> Estimate | None:
-        """Tokens after the first over passes of the target for a request; plain decoding has 1."""
+        """Tokens over passes of the target for a request, as the cell counted them; plain decoding has 1."""
         if not keep_loops and self.looping.all():
             return None
-        above = self._groups(self.rows, lambda group: sum(len(ids) - 1 for ids in group["target_ids"]), keep_loops)
+        above = self._groups(self.rows, lambda group: group["counters"]["tokens"], keep_loops)
         return ratio_of_sums(above, self._groups(self.rows, lambda group: group["counters"]["passes"], keep_loops))
 
     def acceptance(self) -> list[float]:

@@ -25,7 +25,7 @@ def write(folder, method, repetition, seconds, passes, written, *, busy=0.0):
     groups = [
         {
             "seconds": s, "cpu_seconds": s * (1 - busy), "target_ids": [ids],
-            "counters": {"passes": p, "drafts": p, "accepted_at": [p // 2, 1, 0]},
+            "counters": {"passes": p, "tokens": 20, "drafts": p, "accepted_at": [p // 2, 1, 0]},
         }
         for s, p, ids in zip(seconds, passes, written, strict=True)
     ]  # fmt: skip
@@ -134,3 +134,7 @@ def test_every_repetition_has_the_same_cells_and_begins_with_another_method():
     assert len(first) == len(second)
     assert first[0].method != second[0].method
     assert all(baseline(method) in METHODS for method in METHODS)
+
+
+def test_one_group_has_no_interval():
+    assert str(ratio_of_sums(np.full((2, 1), 3.0), np.ones((2, 1)))) == "3.00 [one group]"
