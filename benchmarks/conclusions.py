@@ -115,7 +115,7 @@ def laws(measured: Sequence[Measured]) -> list[str]:
     if scores and not sentences:
         least = min(len(found) for found, _ in scores.values())
         sentences.append(
-            f"No method's sampled outputs could be told from plain decoding's by their likelihood under the target (the "
-            f"furthest: {furthest:.1f} standard errors; at least {least} outputs each)."
+            f"No method's sampled outputs could be told from plain decoding's by their likelihood under the target "
+            f"(the furthest: {furthest:.1f} standard errors; at least {least} outputs each)."
         )
     return sentences
