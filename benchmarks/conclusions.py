@@ -1,0 +1,121 @@
+"""Sentences that the report draws from the numbers."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from likelihood import standard_errors
+from results import Case, Measured
+
+OURS = "tokentiming"
+CLOCKS = {"seconds": "seconds that passed", "cpu_seconds": "the process's seconds on a processor"}
+UNDISTURBED, TOLERATED = 0.9, 0.05  # Least share of the time on a processor; groups below it that are put up with.
+FURTHEST = 5.0  # Standard errors between two means of log-likelihood; one of a million is further by chance.
+
+
+def best_and_worst(measured: Sequence[Measured]) -> list[str]:
+    """Sentences: where our method gains most and least, and how often it loses."""
+    rows = sorted(((s, m) for m in measured if m.method == OURS and (s := m.speedup())), key=lambda row: row[0].value)
+    if not rows:
+        return [f"There is no row of `{OURS}` to draw a conclusion from."]
+    slower, faster = sum(s.high < 1 for s, _ in rows), sum(s.low > 1 for s, _ in rows)
+    (worst, worst_row), (best, best_row) = rows[0], rows[-1]
+    return [
+        f"In {len(rows)} cases `{OURS}` is faster than plain decoding in {faster}, slower in {slower}, and not to be "
+        f"told apart in {len(rows) - faster - slower} (95 % intervals).",
+        f"Best: **{best}** times plain decoding's speed ({best_row.label}).",
+        f"Worst: **{worst}** times ({worst_row.label}).",
+    ]
+
+
+def against_peers(measured: Sequence[Measured], main: Case) -> list[str]:
+    """Sentences: all methods in the main case, the fastest first, for each temperature."""
+    sentences = []
+    for temperature in sorted({m.case.temperature for m in measured}):
+        case = main._replace(temperature=temperature)
+        rows = [(s, m.method) for m in measured if is_main(m, measured) and m.case == case and (s := m.speedup())]
+        ranked = ", ".join(f"{method} {s}" for s, method in sorted(rows, key=lambda row: -row[0].value))
+        if ranked:
+            sentences.append(
+                f"{case.workload}, T = {temperature:g}, cost ratio {case.ratio:g}, batch {case.concurrency}: {ranked}."
+            )
+    return sentences
+
+
+def losslessness(measured: Sequence[Measured]) -> list[str]:
+    """Sentences: how many greedy outputs were plain decoding's, and which were not."""
+    checked = [(m, row["lossless"]) for m in measured for row in m.rows if "lossless" in row]
+    if not checked:
+        return ["No greedy row has been compared with plain decoding."]
+    same, of = (sum(found[name] for _, found in checked) for name in ("same", "of"))
+    sentences = [f"{same:,} of {of:,} greedy outputs are plain decoding's, token by token (float32)."]
+    for m, found in checked:
+        if found["same"] < found["of"]:
+            sentences.append(f"**Not lossless:** {m.label}: {found['of'] - found['same']} of {found['of']} differ.")
+    return sentences
+
+
+def loops_sentence(measured: Sequence[Measured]) -> str:
+    """How much is left out since it loops."""
+    parts = []
+    for temperature in sorted({m.case.temperature for m in measured}):
+        found = [m.looping for m in measured if m.case.temperature == temperature]
+        share = sum(int(loops.sum()) for loops in found) / sum(len(loops) for loops in found)
+        parts.append(f"{share:.0%} of the groups at T = {temperature:g}")
+    return (
+        "Outputs that end in a loop, which flatter every method, are left out of speed-ups and tokens per pass: "
+        + ", ".join(parts)
+        + " (a group is left out for all methods if more than half of plain decoding's outputs in it loop)."
+    )
+
+
+def disturbance(measured: Sequence[Measured], clock: str) -> list[str]:
+    """Sentences: whether other load took the processor away while it was measured."""
+    shares = np.array([share for m in measured for share in m.undisturbed()])
+    disturbed = (shares < UNDISTURBED).mean()
+    sentences = [f"Times are {CLOCKS[clock]}."]
+    if disturbed > TOLERATED:
+        sentences.append(
+            f"**The machine was busy with other work:** in {disturbed:.0%} of the measured groups the process had a "
+            f"processor for less than {UNDISTURBED:.0%} of the time"
+            + (", so these speed-ups are not to be trusted." if clock == "seconds" else ".")
+        )
+    return sentences
+
+
+def is_main(m: Measured, measured: Sequence[Measured]) -> bool:
+    """Whether a row has the usual number of proposals."""
+    return m.proposals == main_proposals(measured)
+
+
+def main_proposals(measured: Sequence[Measured]) -> int:
+    """The number of proposals that most rows have."""
+    numbers = [m.proposals for m in measured]
+    return max(set(numbers), key=numbers.count)
+
+
+def laws(measured: Sequence[Measured]) -> list[str]:
+    """Sentences: whose sampled outputs are not as likely under the target as plain decoding's."""
+    scores: dict[tuple[str, float], tuple[list[float], list[float]]] = {}
+    for m in measured:
+        for row, plain in zip(m.rows, m.plain, strict=True):
+            if "log_likelihoods" in row and "log_likelihoods" in plain:
+                found, expected = scores.setdefault((m.method, m.case.temperature), ([], []))
+                found += row["log_likelihoods"]
+                expected += plain["log_likelihoods"]
+    sentences, furthest = [], 0.0
+    for (method, temperature), (found, expected) in scores.items():
+        far = standard_errors(found, expected)
+        furthest = max(furthest, abs(far))
+        if abs(far) > FURTHEST:
+            sentences.append(
+                f"**Not the target's law:** what `{method}` samples at T = {temperature:g} has a log-likelihood of "
+                f"{np.mean(found):.2f} nats a token under the target, plain decoding's {np.mean(expected):.2f} "
+                f"({far:+.0f} standard errors). Its sampled rows are no fair comparison."
+            )
+    if scores and not sentences:
+        least = min(len(found) for found, _ in scores.values())
+        sentences.append(
+            f"No method's sampled outputs could be told from plain decoding's by their likelihood under the target "
+            f"(the furthest: {furthest:.1f} standard errors; at least {least} outputs each)."
+        )
+    return sentences

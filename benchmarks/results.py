@@ -1,0 +1,213 @@
+"""The suite's files, read: speed-ups against plain decoding with intervals, tokens per pass, the bound, the phases."""
+
+import json
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from grid import baseline
+from workloads import loops
+
+DRAWS = 2000
+LEVEL = 0.95
+
+
+class Estimate(NamedTuple):
+    """A value with the ends of its interval; they are NaN if it is the value of one group, which tells of no other."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """For a table."""
+        if math.isnan(self.low):
+            return f"{self.value:.2f} [one group]"
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+class Case(NamedTuple):
+    """Where methods are compared."""
+
+    ratio: float
+    concurrency: int
+    temperature: float
+    workload: str
+
+
+def ratio_of_sums(above: npt.NDArray[np.float64], below: npt.NDArray[np.float64]) -> Estimate:
+    """`above.sum() / below.sum()`, with a bootstrap over repetitions and groups.
+
+    Args:
+        above: `[repetitions, groups]`.
+        below: The same.
+
+    Returns:
+        The ratio; repetitions and groups are both drawn with replacement, since both are samples.
+    """
+    rng = np.random.default_rng(0)
+    repetitions, groups = above.shape
+    if groups == 1:
+        return Estimate(float(above.sum() / below.sum()), math.nan, math.nan)
+    rows = rng.integers(0, repetitions, (DRAWS, repetitions, 1))
+    columns = rng.integers(0, groups, (DRAWS, 1, groups))
+    drawn = above[rows, columns].sum((1, 2)) / below[rows, columns].sum((1, 2))
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(float(above.sum() / below.sum()), float(low), float(high))
+
+
+@dataclass
+class Measured:
+    """One method in one case, all repetitions, with the plain rows of the same repetitions.
+
+    Attributes:
+        method: Its name.
+        proposals: Most tokens proposed in a step.
+        clock: What speed-ups are ratios of: `seconds` that passed, or `cpu_seconds` of the process, which other load
+            disturbs less, and which mean the same with one thread.
+        rows: As in the files, one for each repetition.
+        plain: Of the same repetitions.
+    """
+
+    case: Case
+    method: str
+    proposals: int
+    clock: str = "seconds"
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    plain: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """A name for sentences."""
+        case = self.case
+        return (
+            f"{self.method}, {case.workload}, T = {case.temperature:g}, cost ratio {case.ratio:g}, "
+            f"batch {case.concurrency}, {self.proposals} proposals"
+        )
+
+    @cached_property
+    def looping(self) -> npt.NDArray[np.bool_]:
+        """`[groups]`: more than half of plain decoding's outputs end in a loop.
+
+        Plain decoding's, so that the same groups count for every method.
+        """
+        shares = [
+            [np.mean([loops(ids) for ids in group["target_ids"]]) for group in row["groups"]] for row in self.plain
+        ]
+        found: npt.NDArray[np.bool_] = np.mean(shares, axis=0) > 0.5
+        return found
+
+    def _groups(self, rows: list[dict[str, Any]], what: Any, keep_loops: bool) -> npt.NDArray[np.float64]:
+        values = np.array([[what(group) for group in row["groups"]] for row in rows], dtype=float)
+        return values if keep_loops else values[:, ~self.looping]
+
+    def speedup(self, keep_loops: bool = False) -> Estimate | None:
+        """Seconds of plain decoding over this method's; `None` if every group loops."""
+        if not keep_loops and self.looping.all():
+            return None
+        above, below = (
+            self._groups(rows, lambda group: group[self.clock], keep_loops) for rows in (self.plain, self.rows)
+        )
+        return ratio_of_sums(above, below)
+
+    def tokens_per_pass(self, keep_loops: bool = False) -> Estimate | None:
+        """Tokens over passes of the target for a request, as the cell counted them; plain decoding has 1."""
+        if not keep_loops and self.looping.all():
+            return None
+        above = self._groups(self.rows, lambda group: group["counters"]["tokens"], keep_loops)
+        return ratio_of_sums(above, self._groups(self.rows, lambda group: group["counters"]["passes"], keep_loops))
+
+    def acceptance(self) -> list[float]:
+        """Share of the steps with proposals in which at least 1, 2, ... were accepted; loops included."""
+        counted = [group["counters"] for row in self.rows for group in row["groups"] if group["counters"].get("drafts")]
+        if not counted:
+            return []
+        accepted = np.sum([c["accepted_at"] for c in counted], axis=0)
+        return list(accepted / sum(c["drafts"] for c in counted))
+
+    def bound(self) -> dict[str, float] | None:
+        """The speed-up if only passes of the models took time, `L t / (t_verify + d s)`, and its parts; loops included.
+
+        Returns:
+            `L` tokens per pass, `t` and `t_verify` seconds of a target pass without and with proposals, `d` draft
+            passes for each, `s` seconds of one, `bound`, and `achieved`, the measured speed-up over it.
+        """
+        estimate, speedup = self.tokens_per_pass(keep_loops=True), self.speedup(keep_loops=True)
+        phases, plain = [row["phases"] for row in self.rows], [row["phases"] for row in self.plain]
+        if estimate is None or speedup is None or not all("target pass" in found for found in phases + plain):
+            return None
+        t = float(np.median([found["target pass"]["median"] for found in plain]))
+        verify = float(np.median([found["target pass"]["median"] for found in phases]))
+        drafting = [found["draft pass"] for found in phases if "draft pass" in found]
+        d = sum(f["calls"] for f in drafting) / sum(found["target pass"]["calls"] for found in phases)
+        s = float(np.median([f["median"] for f in drafting])) if drafting else 0.0
+        bound = estimate.value * t / (verify + d * s)
+        return {
+            "L": estimate.value, "t": t, "t_verify": verify, "d": d, "s": s, "bound": bound,
+            "achieved": speedup.value / bound,
+        }  # fmt: skip
+
+    def undisturbed(self) -> list[float]:
+        """Share of the time in which the process had a processor, for each group; plain decoding's, too."""
+        groups = [group for row in self.rows + self.plain for group in row["groups"]]
+        return [group["cpu_seconds"] / group["seconds"] for group in groups]
+
+    def phases(self) -> dict[str, float]:
+        """Seconds of an average step by phase, without overlap: they add up to the step."""
+        totals: defaultdict[str, float] = defaultdict(float)
+        for row in self.rows:
+            for name, found in row["phases"].items():
+                totals[name] += found["seconds"]
+        steps = sum(row["phases"]["step"]["calls"] for row in self.rows if "step" in row["phases"])
+        if not steps:
+            return {}
+        parts = {
+            "target": totals["target pass"] + totals["prefill pass"],
+            "draft passes": totals["draft pass"],
+            "rest of drafting": totals["drafting"] - totals["draft pass"],
+            "sampling, verification": totals["sampling"],
+        }
+        parts["rest of the engine"] = totals["step"] - sum(parts.values())
+        return {name: seconds / steps for name, seconds in parts.items()}
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The suite's files."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def compare(files: list[dict[str, Any]], clock: str = "seconds") -> list[Measured]:
+    """Pair every speculative row with plain decoding's row of the same repetition.
+
+    Args:
+        files: From `read`.
+        clock: See `Measured`.
+
+    Returns:
+        For each method, number of proposals, and case; those without a plain row are left out.
+    """
+    plain: dict[tuple[Any, ...], dict[str, Any]] = {}
+    speculative = []
+    for result in files:
+        cell = result["cell"]
+        for row in result["rows"]:
+            case = Case(cell["ratio"], cell["concurrency"], row["temperature"], row["workload"])
+            if cell["method"] == baseline(cell["method"]):
+                plain[case, cell["method"], cell["repetition"]] = row
+            else:
+                speculative.append((case, cell, row))
+    found: dict[tuple[Any, ...], Measured] = {}
+    for case, cell, row in speculative:
+        beside = plain.get((case, baseline(cell["method"]), cell["repetition"]))
+        if beside is None or len(beside["groups"]) != len(row["groups"]):
+            continue
+        key = case, cell["method"], cell["proposals"]
+        measured = found.setdefault(key, Measured(case, cell["method"], cell["proposals"], clock))
+        measured.rows.append(row)
+        measured.plain.append(beside)
+    return list(found.values())

@@ -1,0 +1,133 @@
+"""Latency and throughput of `vllm serve` under load, by method and request rate, measured by `vllm bench serve`.
+
+    python benchmarks/serving.py --target DIR --draft DIR --out serving.json [--rates 1 2 4]
+
+Needs pandas, with which `vllm bench` reads its data. One server at a time; all rates are measured on it in turns.
+Greedy by default: on CPUs vLLM's own methods need repairs of its sampler when sampling, which a plain `vllm serve` does
+not get.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import workloads
+from grid import VLLM_METHODS, with_draft
+from pass_times import ENVIRONMENT
+from provenance import provenance
+
+ROOT = Path(__file__).resolve().parent.parent
+START_SECONDS = 300
+PERCENTILES = "50,90,99"
+
+
+def free_port() -> int:
+    """A port of localhost that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def vllm(*arguments: str) -> list[str]:
+    """The `vllm` command of this Python."""
+    return [str(Path(sys.executable).parent / "vllm"), *arguments]
+
+
+@contextlib.contextmanager
+def server(target: Path, speculative: dict[str, Any] | None, options: argparse.Namespace, log: Path) -> Iterator[str]:
+    """A running server; gives its address."""
+    port = free_port()
+    command = vllm(
+        "serve", str(target), "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
+        "--max-model-len", "2048", "--max-num-seqs", str(options.max_num_seqs), "--enforce-eager",
+        "--no-enable-prefix-caching",
+    )  # fmt: skip
+    if speculative is not None:
+        command += ["--speculative-config", json.dumps(speculative)]
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    with (
+        log.open("w") as file,
+        subprocess.Popen(command, env={**environment, **os.environ}, stdout=file, stderr=subprocess.STDOUT) as process,
+    ):
+        try:
+            url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS
+            while not _healthy(url):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise SystemExit(f"The server did not start:\n{log.read_text()[-4000:]}")
+                time.sleep(0.5)
+            yield url
+        finally:
+            process.terminate()
+
+
+def _healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2):
+            return True
+    except OSError:
+        return False
+
+
+def bench(url: str, rate: float, options: argparse.Namespace, dataset: Path) -> dict[str, Any]:
+    """One call of `vllm bench serve`; its own result, without what it lists for every request."""
+    result = dataset.with_name("result.json")
+    command = vllm(
+        "bench", "serve", "--backend", "openai", "--base-url", url, "--model", str(options.target),
+        "--dataset-name", "custom", "--dataset-path", str(dataset), "--skip-chat-template",
+        "--custom-output-len", str(options.tokens), "--num-prompts", str(options.num_prompts), "--ignore-eos",
+        "--temperature", str(options.temperature), "--request-rate", str(rate), "--num-warmups", "2", "--disable-tqdm",
+        "--seed", "0", "--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", PERCENTILES,
+        "--save-result", "--result-dir", str(result.parent), "--result-filename", result.name,
+    )  # fmt: skip
+    finished = subprocess.run(command, env={**ENVIRONMENT, **os.environ}, capture_output=True, text=True)
+    if finished.returncode:
+        raise SystemExit(f"vllm bench serve failed:\n{finished.stdout[-2000:]}{finished.stderr[-2000:]}")
+    return {name: value for name, value in json.loads(result.read_text()).items() if not isinstance(value, list)}
+
+
+def main() -> None:
+    """Measure every method at every rate."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", type=Path, default=ROOT / "examples/models/target")
+    parser.add_argument("--draft", type=Path, default=ROOT / "examples/models/draft")
+    parser.add_argument("--same-vocabulary-draft", type=Path)
+    parser.add_argument("--methods", nargs="+", choices=VLLM_METHODS, default=["plain", "tli (vLLM)", "tokentiming"])
+    parser.add_argument("--rates", type=float, nargs="+", default=[1, 2, 4], help="requests per second")
+    parser.add_argument("--workload", default="heldout")
+    parser.add_argument("--num-prompts", type=int, default=64)
+    parser.add_argument("--characters", type=int, default=400)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--proposals", type=int, default=5)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--max-num-seqs", type=int, default=16)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    loaded = workloads.load(options.workload, options.num_prompts, options.characters)
+    runs = []
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = Path(folder) / "prompts.jsonl"
+        dataset.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in loaded["prompts"]))
+        for method in options.methods:
+            speculative = with_draft(method, options.proposals, options.draft, options.same_vocabulary_draft)
+            with server(options.target, speculative, options, Path(folder) / "server.log") as url:
+                for rate in options.rates:
+                    result = bench(url, rate, options, dataset)
+                    runs.append({"method": method, "rate": rate, "result": result})
+                    print(f"{method}, {rate:g} requests/s: {result['mean_tpot_ms']:.2f} ms a token", flush=True)
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    found = {"provenance": provenance(), "settings": settings, "datasets": loaded["sha256"], "runs": runs}
+    options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Markdown tables of the other benchmarks' files: one small reader for each."""
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from results import Estimate, ratio_of_sums
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def _origin(found: dict[str, Any], path: Path) -> str:
+    commit = str(found.get("commit", ""))[:10]
+    return f"\n`{path.name}`: commit {commit or 'unknown'}, {found.get('processor') or found.get('machine') or ''}\n"
+
+
+def exactness(path: Path) -> str:
+    """Of `exactness.py`: every setting's worst test, and whether the controls were caught."""
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    settings = [entry for entry in entries if "setting" in entry]
+    names = [entry["setting"] for entry in settings]
+    mixed = {name for name in names if names.count(name) > 1}
+    rows = []
+    for entry in settings:
+        worst = min(entry["tests"], key=lambda test: test["p"])
+        rows.append(
+            (
+                entry["setting"] + (f", T = {entry['sampling']['temperature']:g}" if entry["setting"] in mixed else ""),
+                f"{entry['sequences']:,}",
+                f"{entry['tokens_per_pass']:.2f}",
+                f"{entry['least_p']:.2g}",
+                f"{worst['tv']:.4f}",
+                f"{worst['tv_expected']:.4f}",
+                "exact" if entry["passed"] else "not exact",
+                "yes" if entry["as_it_should_be"] else "**NO**",
+            )
+        )
+    head = ("setting", "outputs", "tokens per pass", "least p", "total variation", "by chance", "found", "as expected")
+    wrong = sum(not entry["as_it_should_be"] for entry in entries if "as_it_should_be" in entry)
+    first = entries[0]
+    return (
+        f"{len(settings)} measurements, {wrong} not as they should be. All tests together raise a false alarm with "
+        f"probability {first['family_level']:g} at most; an error of {first['total_variation']:g} in total variation "
+        f"is seen with probability {first['power']:g}.\n\n" + table(head, rows) + _origin(first, path)
+    )
+
+
+def acceptance(path: Path) -> str:
+    """Of `acceptance.py`: tokens per target pass by temperature."""
+    found = json.loads(path.read_text())
+    temperatures = sorted({row["temperature"] for result in found["results"].values() for row in result["rows"]})
+
+    def cell(rows: list[dict[str, Any]], temperature: float) -> Estimate:
+        at = [row for row in rows if row["temperature"] == temperature]
+        tokens, passes = (np.array([[row[name] for row in at]], dtype=float) for name in ("tokens", "passes"))
+        return ratio_of_sums(tokens, passes)
+
+    rows = [(name, *(cell(result["rows"], t) for t in temperatures)) for name, result in found["results"].items()]
+    return table(("tokens per pass", *(f"T = {t:g}" for t in temperatures)), rows) + _origin(found["provenance"], path)
+
+
+def transfer_cost(path: Path) -> str:
+    """Of `transfer_cost.py`: medians by phase."""
+    found = json.loads(path.read_text())
+    rows = [
+        (phase, f"{result['vocabulary']:,}", result["batch"], f"{statistics.median(values):.2f}")
+        for result in found["results"]
+        for phase, values in result["milliseconds"].items()
+    ]
+    return table(("phase", "vocabulary", "batch", "ms"), rows) + _origin(found["provenance"], path)
+
+
+def _spread(value: Any) -> str:
+    """Quartiles, as the microbenchmarks write them."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        low, middle, high = value
+        return f"{middle:.3g} [{low:.3g}, {high:.3g}]"
+    return f"{value:,.3g}" if isinstance(value, float) else str(value)
+
+
+def overhead(path: Path) -> str:
+    """Of `overhead.py`: microseconds for a request and step, by pair."""
+    found = json.loads(path.read_text())
+    rows = found["results"]["by pair"]
+    phases = list(dict.fromkeys(phase for row in rows for phase in row["us"]))
+    return table(
+        ("pair", "mode", *phases),
+        [(row["pair"], row["mode"], *(_spread(row["us"].get(phase, "")) for phase in phases)) for row in rows],
+    ) + _origin(found["provenance"], path)
+
+
+def kernels(path: Path) -> str:
+    """Of `kernels.py`: microseconds for a call, and how many times the kernel's that is."""
+    found = json.loads(path.read_text())
+    rows = [
+        (row["kernel"], row["tokens"], row["side"], _spread(row["us"]), _spread(row["times_the_kernel"]))
+        for row in found["results"]
+    ]
+    return table(("kernel", "tokens", "side", "us", "times the kernel's"), rows) + _origin(found["provenance"], path)
+
+
+def serving(path: Path) -> str:
+    """Of `serving.py`: latency percentiles by method and request rate."""
+    found = json.loads(path.read_text())
+    names = (
+        "request_throughput",
+        "output_throughput",
+        "median_ttft_ms",
+        "median_tpot_ms",
+        "p99_tpot_ms",
+        "p99_e2el_ms",
+    )
+    rows = [
+        (run["method"], run["rate"], *(f"{run['result'][name]:.4g}" if name in run["result"] else "" for name in names))
+        for run in found["runs"]
+    ]
+    return table(("method", "requests / s asked", *names), rows) + _origin(found["provenance"], path)
+
+
+SECTIONS = {
+    "exactness": ("Exactness of sampled output", exactness),
+    "acceptance": ("Tokens per target pass, all methods in one run", acceptance),
+    "serving": ("Under a serving load", serving),
+    "transfer_cost": ("What the exact transfer costs", transfer_cost),
+    "overhead": ("What the plugin costs the host, without models", overhead),
+    "kernels": ("The alignment kernels beside other libraries", kernels),
+}
