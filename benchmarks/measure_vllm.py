@@ -67,20 +67,17 @@ def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
         disable_log_stats=False,
         enable_prefix_caching=False,
     )
-    warm_up = SamplingParams(temperature=0.8, max_tokens=32, ignore_eos=True)
-    llm.generate(["A warm-up."] * size, warm_up, use_tqdm=False)
+    for temperature in (0.0, 0.8):
+        warm_up = SamplingParams(temperature=temperature, max_tokens=48, ignore_eos=True)
+        llm.generate(["Once upon a time", "def main():\n", "Жил был", "All human"] * size, warm_up, use_tqdm=False)
     phases, rows = Phases(llm), []
     for temperature in job["temperatures"]:
         for workload, prompts in job["workloads"].items():
             groups = []
             phases.take()
             for start in range(0, len(prompts), size):
-                parameters = [
-                    SamplingParams(
-                        temperature=temperature, max_tokens=job["tokens"], ignore_eos=True, seed=job["seed"] + start + i
-                    )
-                    for i in range(size)
-                ]
+                # No seed: with one, the draft's length could not follow what passes cost.
+                parameters = SamplingParams(temperature=temperature, max_tokens=job["tokens"], ignore_eos=True)
                 before, began, cpu_began = counters(llm), time.perf_counter(), time.process_time()
                 outputs = llm.generate(prompts[start : start + size], parameters, use_tqdm=False)
                 seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began

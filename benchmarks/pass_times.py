@@ -67,7 +67,9 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     from phases import Phases
     from vllm import LLM, SamplingParams
 
-    speculative = job["draft"] and {"method": "tokentiming", "model": job["draft"], "num_speculative_tokens": 5}
+    speculative = job["draft"] and {
+        "method": "tokentiming", "model": job["draft"], "num_speculative_tokens": 5, "adaptive_length": False,
+    }  # fmt: skip
     llm = LLM(
         job["target"],
         dtype="float32",
