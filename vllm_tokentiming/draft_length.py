@@ -30,11 +30,11 @@ from statistics import median_low
 from vllm_tokentiming.costs import CostTable
 
 _BINS = 10
-_FORGET = 0.98  # Of a confidence's outcomes, per outcome.
-_FORGET_OWN = 0.97  # Of a request's, per step.
-_PRIOR = 1.5  # Tokens that a request begins with, in its history.
-_SHORTEST_PAUSE, _LONGEST_PAUSE = 4, 256
-_LEAST_GAIN = 1.02  # What promises less is not worth the risk that it is less than nothing.
+_FORGET = 0.995  # Of a confidence's outcomes, per outcome.
+_FORGET_OWN = 0.98  # Of a request's, per step.
+_PRIOR = 4.0  # Tokens that a request begins with, in its history.
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 2, 256
+_LEAST_GAIN = 1.01  # What promises less is not worth the risk that it is less than nothing.
 _PLAIN_EVERY, _PLAIN_AT_MOST_EVERY = 128, 4
 _USUAL_LAG = 4  # Once a request drafts, the draft has to read no more than this in a step.
 _TRIAL, _TRIAL_REQUESTS = 2, 8  # Proposals, and requests that stand for all, after a pause.
@@ -90,10 +90,12 @@ class History:
 
     def learn(self, chances: Sequence[float], accepted: int, drafted: int, proposed: int) -> None:
         """Take in a step: the chances of the drafted tokens whose fate is known, and how many were accepted."""
-        self._expected = _FORGET_OWN * self._expected + (1 - _FORGET_OWN) * _PRIOR + sum(chances)
-        self._accepted = _FORGET_OWN * self._accepted + (1 - _FORGET_OWN) * _PRIOR + accepted
-        self._drafted = _FORGET_OWN * self._drafted + (1 - _FORGET_OWN) * _PRIOR + drafted
-        self._proposed = _FORGET_OWN * self._proposed + (1 - _FORGET_OWN) * _PRIOR + proposed
+        if not drafted:
+            return
+        self._expected = _FORGET_OWN * self._expected + sum(chances)
+        self._accepted = _FORGET_OWN * self._accepted + accepted
+        self._drafted = _FORGET_OWN * self._drafted + drafted
+        self._proposed = _FORGET_OWN * self._proposed + proposed
         if accepted:
             self.pause.reset()
 
