@@ -179,13 +179,7 @@ _FIXED_COSTS = _Costs(lambda n: 1 + _FIXED_TOKEN * n, lambda n: _FIXED_DRAFT_PAS
 
 
 class FixedLength:
-    """Drafts as much as may be proposed.
-
-    Attributes:
-        uses_confidence: Whether ``take`` looks at it; if not, it may be anything.
-    """
-
-    uses_confidence = False
+    """Drafts as much as may be proposed."""
 
     def plan(self, chains: Sequence[Chain], num_requests: int) -> list[Chain]:
         """Decide at the beginning of a step who drafts.
@@ -241,8 +235,6 @@ class FixedLength:
 
 class AdaptiveLength(FixedLength):
     """Drafts as much as pays."""
-
-    uses_confidence = True
 
     def __init__(self) -> None:
         """Begin with nothing known."""

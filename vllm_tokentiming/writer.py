@@ -115,7 +115,7 @@ class Writer:
         draftable = torch.zeros(draft_size, dtype=torch.bool)
         known = torch.from_numpy(self._transducer.draftable)[:draft_size]
         draftable[: len(known)] = known
-        self._never = (~draftable).to(device)
+        self._never = (~draftable).nonzero().squeeze(1).to(device)
         self._device = device
         self.q: torch.Tensor | None = None
 
@@ -146,26 +146,18 @@ class Writer:
             drafts: Requests.
             logits: ``[len(drafts), draft size]``; overwritten.
         """
-        logits.masked_fill_(self._never, float("-inf"))
+        logits.index_fill_(1, self._never, float("-inf"))
         drawing = [row for row, draft in enumerate(drafts) if draft.sampling]
         if len(drawing) == len(drafts):
             probs, next_ids = self._draw(drafts, logits)
+            confidences = probs.amax(-1)
         else:
-            highest, next_ids = logits.max(-1)
+            confidences, next_ids = logits.softmax(-1, dtype=torch.float32).max(-1)
             if drawing:
                 probs, drawn = self._draw([drafts[row] for row in drawing], logits[drawing])
-                next_ids[drawing] = drawn
-        if not self._length.uses_confidence:
-            written = [(draft_id, 0.0) for draft_id in next_ids.tolist()]
-        else:
-            if len(drawing) == len(drafts):
-                confidences = probs.amax(-1)
-            else:
-                confidences = (highest - logits.logsumexp(-1)).exp()
-                if drawing:
-                    confidences[drawing] = probs.amax(-1).to(confidences.dtype)
-            # In one go: on an accelerator, every copy to the host waits for it.
-            written = torch.stack([next_ids.double(), confidences.double()], dim=1).tolist()
+                next_ids[drawing], confidences[drawing] = drawn, probs.amax(-1)
+        # In one go: on an accelerator, every copy to the host waits for it.
+        written = torch.stack([next_ids.double(), confidences.double()], dim=1).tolist()
         first_rows: list[tuple[int, int, int]] = []  # Rows of `probs` and `q`, and the position.
         row_of_probs = {row: i for i, row in enumerate(drawing)}
         for row, (draft, (drawn_id, confidence)) in enumerate(zip(drafts, written, strict=True)):
