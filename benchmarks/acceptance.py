@@ -38,14 +38,16 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
 }
 
+# All methods propose the same number, whether it pays or not.
+OURS = {"method": "tokentiming", "adaptive_length": False}
 METHODS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "ngram (vLLM)": {"method": "ngram", "prompt_lookup_max": 4},
     "tli (vLLM)": {"method": "draft_model", "use_heterogeneous_vocab": True},
-    "slem": {"method": "tokentiming", "strategy": "slem"},
-    "tli": {"method": "tokentiming", "strategy": "tli"},
-    "tokentiming, no prior": {"method": "tokentiming", "alignment_prior": 0.0},
-    "tokentiming": {"method": "tokentiming"},
+    "slem": {**OURS, "strategy": "slem"},
+    "tli": {**OURS, "strategy": "tli"},
+    "tokentiming, no prior": {**OURS, "alignment_prior": 0.0},
+    "tokentiming": OURS,
 }
 
 
