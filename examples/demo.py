@@ -282,7 +282,19 @@ def differences(prompts: list[Prompt], reference: list[Output], outputs: list[Ou
     return sentences
 
 
-def report(prompts: list[Prompt], method: str, speculative: Run, plain: Run) -> dict[str, object]:
+def about(target: Path) -> str:
+    """What a reader has to know of the target to judge the speed ratio."""
+    widened = target / "widened.json"
+    if not widened.exists():
+        return "A target of 5 M parameters costs as\nlittle as its draft, so little is drafted, and nothing can be won."
+    shape = json.loads(widened.read_text())
+    return (
+        f"The target writes what the embedded one of {shape['original_parameters'] / 1e6:.0f} M parameters writes, at the"
+        f"\ncost of one of {shape['parameters'] / 1e6:.0f} M (benchmarks/widen.py)."
+    )
+
+
+def report(prompts: list[Prompt], method: str, target: Path, speculative: Run, plain: Run) -> dict[str, object]:
     """Prints the comparison and returns it."""
     total, counters = len(prompts), speculative.counters
     differ = differences(prompts, plain.one_at_a_time, speculative.one_at_a_time)
@@ -303,11 +315,7 @@ def report(prompts: list[Prompt], method: str, speculative: Run, plain: Run) -> 
     print(f"\n{method} against plain decoding: {total} prompts, up to {MAX_TOKENS} tokens each, greedy")
     for label, value in rows.items():
         print(f"  {label:<30}{value}")
-    print(
-        "\nOn a target this small (5 M parameters) a pass costs as little as one of the draft's, so the\n"
-        "speed ratio of this demo is not the point; tokens per target pass is. And greedy text of so\n"
-        "small a target falls into loops, which every method guesses easily."
-    )
+    print(f"\n{about(target)} Greedy text of so small a target falls\ninto loops, which every method guesses easily.")
     if differ or differ_at_once:
         print(f"\nFirst difference: {(differ + differ_at_once)[0]}")
     return {
@@ -341,7 +349,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--method", default="tokentiming", help="or one of vLLM's: draft_model, ngram")
-    parser.add_argument("--models", type=Path, default=MODELS, help="folder of another `target` and `draft`")
+    parser.add_argument("--target", type=Path, default=MODELS / "target", help="another target")
+    parser.add_argument("--draft", type=Path, default=MODELS / "draft", help="another draft")
     parser.add_argument("--num-speculative-tokens", type=int, default=6, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was observed there")
     parser.add_argument("--port", type=int, help="of localhost (default: a free one)")
@@ -350,7 +359,7 @@ def main() -> int:
     # `timeout` and service managers send SIGTERM: clean up as for Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     prompts = [Prompt(**fields) for fields in json.loads((EXAMPLES / "prompts.json").read_text())]
-    target, draft = short(arguments.models / "target"), short(arguments.models / "draft")
+    target, draft = short(arguments.target), short(arguments.draft)
     config = speculative_config(arguments.method, draft, arguments.num_speculative_tokens)
     port = arguments.port or free_port()
     speculation = ["--speculative-config", json.dumps(config)]
@@ -359,7 +368,7 @@ def main() -> int:
         plain = run_server(prompts, target, port, server_options, show=False)
     except KeyboardInterrupt:
         return 130
-    result = report(prompts, arguments.method, speculative, plain)
+    result = report(prompts, arguments.method, Path(target), speculative, plain)
     if arguments.json:
         arguments.json.write_text(json.dumps(provenance() | result, ensure_ascii=False, indent=1) + "\n")
     if result["different"] or result["different_all_at_once"]:

@@ -162,6 +162,7 @@ class KVPool:
     def forget_prefixes(self) -> None:
         """Let no row take over anything that is in the cache now."""
         self._index.clear()
+        self.copies.clear()
 
     def _before(self, row: int) -> Hashable:
         """What comes before the first block of a row that is not filed."""
