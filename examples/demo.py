@@ -289,8 +289,8 @@ def about(target: Path) -> str:
         return "A target of 5 M parameters costs as\nlittle as its draft, so little is drafted, and nothing can be won."
     shape = json.loads(widened.read_text())
     return (
-        f"The target writes what the embedded one of {shape['original_parameters'] / 1e6:.0f} M parameters writes, at the"
-        f"\ncost of one of {shape['parameters'] / 1e6:.0f} M (benchmarks/widen.py)."
+        f"The target writes what the embedded one of {shape['original_parameters'] / 1e6:.0f} M parameters writes,\n"
+        f"at the cost of one of {shape['parameters'] / 1e6:.0f} M (benchmarks/widen.py)."
     )
 
 
