@@ -122,6 +122,7 @@ def test_uniform_numbers_depend_on_seed_and_position_alone():
     assert len({tuple(uniforms(seed, position, 4)) for seed in range(5) for position in range(5)}) == 25
     assert seed_of("a", 1) == seed_of("b", 1) != seed_of("a", 2)
     assert seed_of("a", None) != seed_of("b", None)
+    assert seed_of("a", 1, draft_seed=1) != seed_of("a", 1)
 
 
 def write(writer, transducer, sizes, drafts, passes=4, seed=0):

@@ -51,6 +51,7 @@ class TokenTimingConfig(BaseModel):
         alignment_prior: Power of the alignment prior (``prior.py``) in the law of sampled drafts; 0 for none.
         q_memory_gib: Most memory for proposal probabilities, in GiB; a step with more requests than fit is verified as
             one-hot (a request takes ``num_speculative_tokens`` times the target's vocabulary times 4 bytes).
+        seed: Of the draft's random numbers, beside that of each request.
         special_tokens: Draft special token for a target special token, both by text; ``null`` drops it.
         unmapped_special_tokens: What the draft reads for other special tokens of the target: their ``text``, or
             nothing (``drop``).
@@ -75,6 +76,7 @@ class TokenTimingConfig(BaseModel):
     allow_inexact: bool = False
     alignment_prior: float = Field(1.0, ge=0)
     q_memory_gib: float = Field(1.0, ge=0)
+    seed: int = 0
     special_tokens: dict[str, str | None] = {}
     unmapped_special_tokens: Literal["text", "drop"] = "text"
 

@@ -126,7 +126,7 @@ def _take_over(runner: Any, scheduler_output: Any, sampled_token_ids: list[list[
                 runner.max_model_len - num_target - 1,
                 request.sampling_params.max_tokens - (num_target - request.num_prompt_tokens) - 1,
             )
-        sampling = _sampling(request)
+        sampling = _sampling(request, proposer.seed)
         committed.append(
             Committed(
                 request_id,
@@ -143,14 +143,14 @@ def _take_over(runner: Any, scheduler_output: Any, sampled_token_ids: list[list[
     return committed
 
 
-def _sampling(request: Any) -> DraftSampling | None:
+def _sampling(request: Any, draft_seed: int) -> DraftSampling | None:
     """How to draw a request's draft; ``None`` if its proposals are to be verified as one-hot."""
     parameters = request.sampling_params
     # vLLM cuts proposals at the first token that the grammar forbids: a choice that looks at the tokens.
     if parameters.temperature < _GREEDY_BELOW or parameters.structured_outputs is not None:
         return None
     return DraftSampling(
-        seed_of(request.req_id, parameters.seed),
+        seed_of(request.req_id, parameters.seed, draft_seed),
         parameters.temperature,
         max(parameters.top_k, 0),
         parameters.top_p,

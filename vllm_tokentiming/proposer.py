@@ -46,6 +46,7 @@ class TokenTimingProposer:
         """
         self._vllm_config = vllm_config
         self._settings = TokenTimingConfig.parse(integration.settings_of(vllm_config))
+        self.seed = self._settings.seed
         self.num_speculative_tokens: int = vllm_config.speculative_config.num_speculative_tokens
         # Set by the integration before each call of `propose`.
         self.batch: list[Committed] = []

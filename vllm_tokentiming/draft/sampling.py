@@ -40,9 +40,9 @@ class DraftSampling:
     min_p: float = 0.0
 
 
-def seed_of(request_id: str, seed: int | None) -> int:
-    """The draft's seed for a request: from the request's own, or, if it has none, from its id."""
-    text = f"seed {seed}" if seed is not None else f"id {request_id}"
+def seed_of(request_id: str, seed: int | None, draft_seed: int = 0) -> int:
+    """The draft's seed for a request: from the request's own, or, if it has none, from its id; and from the user's."""
+    text = f"{draft_seed} " + (f"seed {seed}" if seed is not None else f"id {request_id}")
     return int.from_bytes(hashlib.blake2b(f"tokentiming draft {text}".encode(), digest_size=8).digest(), "little")
 
 
