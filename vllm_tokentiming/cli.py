@@ -1,0 +1,69 @@
+"""The command ``vllm-tokentiming``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from vllm_tokentiming.inspection import SAMPLE, as_text, inspect
+from vllm_tokentiming.pair import Vocabulary, VocabularyPair
+
+
+def load_vocabulary(name: str) -> Vocabulary:
+    """Read a tokenizer without its model.
+
+    Args:
+        name: A folder (its ``tokenizer.json`` is enough) or a Hugging Face name.
+
+    Raises:
+        ValueError: It cannot be used, and why.
+    """
+    from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+
+    folder = Path(name)
+    try:
+        if (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
+            tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"cannot load the tokenizer of {name!r}: {str(error).strip().splitlines()[0]}") from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(f"{name!r} has no tokenizer.json ({type(tokenizer).__name__}); convert it to a fast tokenizer")
+    try:
+        head_size = int(getattr(AutoConfig.from_pretrained(name), "vocab_size", 0))
+    except (OSError, ValueError, KeyError):
+        head_size = 0  # Without the model's configuration, padding rows of its head are not known.
+    return Vocabulary.of(backend, head_size, tokenizer.bos_token_id, tokenizer.eos_token_id)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: Instead of those of the process.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser(prog="vllm-tokentiming")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("inspect", help="what a pair of models will be like, from their tokenizers alone")
+    command.add_argument("target", help="folder or Hugging Face name")
+    command.add_argument("draft", help="folder or Hugging Face name")
+    command.add_argument("--text", type=Path, help="a file with text of the kind that will be written")
+    command.add_argument("--json", action="store_true", help="as JSON")
+    options = parser.parse_args(arguments)
+    try:
+        pair = VocabularyPair.of(load_vocabulary(options.target), load_vocabulary(options.draft))
+        texts = options.text.read_text(encoding="utf-8").splitlines(keepends=True) if options.text else SAMPLE
+    except (OSError, ValueError) as error:
+        print(f"vllm-tokentiming: {error}", file=sys.stderr)
+        return 1
+    found = inspect(pair, [text.encode() for text in texts])
+    print(json.dumps(found, indent=1, ensure_ascii=False) if options.json else as_text(found))
+    return 0
