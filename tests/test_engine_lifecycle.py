@@ -251,10 +251,11 @@ def test_proposals_are_accepted_throughout(lived, kind):
 
 @pytest.mark.parametrize("kind", ALL)
 def test_all_that_finished_requests_held_comes_back(lived, kind):
-    # The tiny request at the end has finished, too, but the worker hears of that with the next step.
+    # The tiny request at the end has finished, too, but the worker hears of that with the next step. It was too short
+    # to draft for, so the draft did not read it.
     assert lived[kind]["requests known"] == 1
-    assert lived[kind]["rows held"] == 1
-    assert lived[kind]["blocks held"] == 1
+    assert lived[kind]["rows held"] == 0
+    assert lived[kind]["blocks held"] == 0
 
 
 def test_requests_were_preempted_where_they_should_be(lived):

@@ -37,6 +37,7 @@ _SHORTEST_PAUSE, _LONGEST_PAUSE = 2, 256
 _LEAST_GAIN = 1.01  # What promises less is not worth the risk that it is less than nothing.
 _PLAIN_EVERY, _PLAIN_AT_MOST_EVERY = 128, 4
 _USUAL_LAG = 4  # Once a request drafts, the draft has to read no more than this in a step.
+_STEPS_OF_USE = 32
 _TRIAL, _TRIAL_REQUESTS = 2, 8  # Proposals, and requests that stand for all, after a pause.
 # What requests with a seed reckon with, in passes of the target: a large target and a small draft.
 _FIXED_DRAFT_PASS, _FIXED_TOKEN = 0.05, 0.005
@@ -260,6 +261,7 @@ class AdaptiveLength(FixedLength):
         target = self._target
         self._token_seconds = (target(2 * num_requests) - target(num_requests)) / num_requests
         first = 0.0 if drafting else self._first(sum(min(chain.lag, _USUAL_LAG) for chain in others))
+        first += self._reading(others)
         plain, best = self._rates(others, num_requests, self._costs, first)
         if best > _LEAST_GAIN * plain:
             self._pause.reset()
@@ -326,6 +328,12 @@ class AdaptiveLength(FixedLength):
             self._speed = median_low(self._speeds)
         table = {"target": self._target, "first": self._first, "later": self._later}[kind]
         table.observe(tokens, seconds / self._speed)
+
+    def _reading(self, chains: Sequence[Chain]) -> float:
+        """What it costs to read what was missed, shared out among the steps that will have use of it."""
+        lag = sum(chain.lag for chain in chains)
+        usual = sum(min(chain.lag, _USUAL_LAG) for chain in chains)
+        return max(0.0, self._first(lag) - self._first(usual)) / _STEPS_OF_USE
 
     def _plan_alone(self, chain: Chain) -> bool:
         plain, chain.least_rate = self._rates([chain], 1, _FIXED_COSTS, _FIXED_DRAFT_PASS)

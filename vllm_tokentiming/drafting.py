@@ -41,6 +41,7 @@ class Committed:
         target_ids: ``[>= num_target] int32``; prompt and output.
         num_target: How many of them are committed.
         max_proposals: Most target tokens to propose now; 0 while the target itself still reads the prompt.
+        reading: Whether it does; the draft then reads along.
         sampling: How the draft is to be drawn; ``None`` for a greedy request, or one whose proposals vLLM may cut by
             looking at them.
         reproducible: Whether what is proposed must not depend on what else runs.
@@ -53,6 +54,7 @@ class Committed:
     num_target: int
     max_proposals: int
     sampling: DraftSampling | None = None
+    reading: bool = False
     reproducible: bool = False
     cache_salt: str | None = None
 
@@ -158,21 +160,24 @@ class Drafter:
         """
         began = time.perf_counter()
         self.costs = []
-        requests = [self._follow(committed) for committed in batch]
+        requests = [self._request(committed) for committed in batch]
         target_ids: list[list[int]] = [[] for _ in batch]
+        # What became of the last drafts is needed for the plan. Other contexts wait until they are used.
+        followed = {index for index, request in enumerate(requests) if request.drafted is not None}
+        for index in followed:
+            self._follow(requests[index], batch[index])
         could = self._chains(batch, requests)
         planned = {id(chain) for chain in self._length.plan(list(could.values()), len(batch))}
         chains = {index: chain for index, chain in could.items() if id(chain) in planned}
         if could and not chains:
             return Proposals(target_ids)
         present = {id(request) for request in requests}
-        # Those whose prompt the target still reads are read along.
-        wanted = [
-            request
-            for index, (request, committed) in enumerate(zip(requests, batch, strict=True))
-            if index in chains or not committed.max_proposals
-        ]
-        num_read, logits_of = self._catch_up([request for request in wanted if self._has_room(request, present)])
+        wanted = [index for index, committed in enumerate(batch) if index in chains or committed.reading]
+        for index in wanted:
+            if index not in followed:
+                self._follow(requests[index], batch[index])
+        with_room = [requests[index] for index in wanted if self._has_room(requests[index], present)]
+        num_read, logits_of = self._catch_up(with_room)
         drafts = [
             Draft(index, chain, batch[index].sampling, batch[index].num_target)
             for index, chain in chains.items()
@@ -196,22 +201,28 @@ class Drafter:
             index: Chain(
                 request.history,
                 committed.max_proposals,
-                lag=len(request.context.draft_ids) - request.num_cached,
+                lag=len(request.context.draft_ids)
+                - request.num_cached
+                + committed.num_target
+                - request.context.num_target,
                 sampled=committed.sampling is not None,
                 fixed=committed.reproducible,
             )
             for index, (request, committed) in enumerate(zip(requests, batch, strict=True))
-            if committed.max_proposals and request.context.draft_ids
+            if committed.max_proposals
         }
 
-    def _follow(self, committed: Committed) -> _Request:
-        """Take in what the target committed since the last step."""
+    def _request(self, committed: Committed) -> _Request:
         request = self._requests.get(committed.request_id)
         if request is None or request.context.num_target > committed.num_target:
             self.release([committed.request_id])
             request = self._requests[committed.request_id] = _Request(
                 DraftContext(self._pair), object() if committed.cache_salt is None else committed.cache_salt
             )
+        return request
+
+    def _follow(self, request: _Request, committed: Committed) -> None:
+        """Take in what the target committed since the last time."""
         context = request.context
         num_before = len(context.draft_ids)
         target_ids = committed.target_ids[context.num_target : committed.num_target].tolist()
@@ -228,7 +239,6 @@ class Drafter:
         self.counts.kept += max(0, standing - num_before)
         self.counts.reread += standing - request.num_cached
         request.drafted = request.chain = None
-        return request
 
     def _has_room(self, request: _Request, present: set[int]) -> bool:
         """Find a row and blocks for a context and what may be drafted after it."""

@@ -134,6 +134,7 @@ def _take_over(runner: Any, scheduler_output: Any, sampled_token_ids: list[list[
                 num_target,
                 max(max_proposals, 0),
                 sampling,
+                reading=not sampled_token_ids[index],
                 # A greedy request writes the same text whatever is proposed.
                 reproducible=request.sampling_params.seed is not None
                 and request.sampling_params.temperature >= _GREEDY_BELOW,
