@@ -133,15 +133,18 @@ class TokenTimingProposer:
         """
         assert self._drafter is not None
         self.proposals = Proposals([[] for _ in sampled_token_ids])
+        # Outside of what may fail: a rank that left this out would keep the others waiting.
+        costs = integration.agree(self._measured())
         if len(self.batch) == len(sampled_token_ids):  # Not so in a warm-up run of vLLM's, or after a fault.
             with self.guard():
-                self._observe()
+                for kind, tokens, seconds in costs:
+                    self._length.observe(kind, tokens, seconds)
                 self.proposals = self._drafter.propose(self.batch)
             self._ended = time.perf_counter()
         return self.proposals.target_ids
 
-    def _observe(self) -> None:
-        """Take in what the target's pass cost, and what those of the draft did in the step before."""
+    def _measured(self) -> list[tuple[str, int, float]]:
+        """What the target's pass cost, and what those of the draft did in the step before."""
         assert self._drafter is not None
         costs, self._drafter.costs = self._drafter.costs, []
         seen = {committed.request_id for committed in self.batch}
@@ -149,8 +152,7 @@ class TokenTimingProposer:
         if self._ended is not None and self._seen & seen:
             costs.append(("target", self.num_scheduled, time.perf_counter() - self._ended))
         self._seen = seen
-        for kind, tokens, seconds in integration.agree(costs):
-            self._length.observe(kind, tokens, seconds)
+        return costs
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
