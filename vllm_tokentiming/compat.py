@@ -32,6 +32,7 @@ _REQUIRED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("scheduler_output", "sampled_token_ids", "sampling_metadata"),
     ),
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._input_fits_in_drafter", ("common_attn_metadata",)),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._sample", ("logits", "spec_decode_metadata")),
     ("vllm.v1.spec_decode.custom_class_proposer", "create_custom_proposer", ("vllm_config",)),
     ("vllm.v1.core.sched.output", "NewRequestData.from_request", ("request",)),
     ("vllm.forward_context", "set_forward_context", ("attn_metadata", "vllm_config", "num_tokens", "slot_mapping")),

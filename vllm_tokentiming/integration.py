@@ -2,7 +2,8 @@
 
 vLLM's ``custom_class`` interface tells a proposer neither which requests it drafts for nor that requests have ended.
 Two thin wrappers around ``GPUModelRunner`` do; they act only for our proposer, and can go when vLLM passes request
-ids and finished requests to ``propose`` (no version does so far; 0.32 and 0.33 read).
+ids and finished requests to ``propose`` (no version does so far; 0.32 and 0.33 read). A third one spares steps without
+proposals the rejection sampler, which 0.32 calls for them, too; it can go when vLLM does not.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ def install() -> None:
 
     propose = GPUModelRunner.propose_draft_token_ids
     input_fits = GPUModelRunner._input_fits_in_drafter
+    sample = GPUModelRunner._sample
 
     @functools.wraps(propose)
     def propose_draft_token_ids(
@@ -91,9 +93,18 @@ def install() -> None:
         fits: bool = input_fits(self, common_attn_metadata)
         return fits
 
+    @functools.wraps(sample)
+    def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
+        # With nothing to verify, the rejection sampler does what the sampler does, in more steps.
+        ours = _is_ours(getattr(self, "drafter", None))
+        if ours and spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
+            spec_decode_metadata = None
+        return sample(self, logits, spec_decode_metadata)
+
     propose_draft_token_ids._tokentiming = True  # type: ignore[attr-defined]
     GPUModelRunner.propose_draft_token_ids = propose_draft_token_ids
     GPUModelRunner._input_fits_in_drafter = _input_fits_in_drafter
+    GPUModelRunner._sample = _sample
 
 
 def _is_ours(drafter: Any) -> bool:
