@@ -150,3 +150,12 @@ def test_metrics_count_drafts_and_accepted_tokens(server, alone):
     accepted = server.metric("vllm:spec_decode_num_accepted_tokens_total")
     assert 0 < accepted < proposed
     assert 0 < drafts < proposed
+
+
+def test_metrics_show_what_the_draft_does(server, alone):
+    # Beside vLLM's own numbers, though the draft works in another process.
+    assert server.metric("vllm:tokentiming_proposed_tokens_total") >= server.metric(
+        "vllm:spec_decode_num_draft_tokens_total"
+    )
+    assert server.metric("vllm:tokentiming_draft_passes_total") > 0
+    assert server.metric("vllm:tokentiming_faults_total") == 0

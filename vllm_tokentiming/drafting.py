@@ -17,6 +17,7 @@ this step; it loses speed and nothing else.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -28,6 +29,7 @@ from vllm_tokentiming.context import DraftContext, Drafted
 from vllm_tokentiming.draft.model import DraftModel, Span
 from vllm_tokentiming.draft.sampling import DraftSampling
 from vllm_tokentiming.draft_length import Chain, FixedLength, History
+from vllm_tokentiming.metrics import PhaseClock
 from vllm_tokentiming.pair import VocabularyPair
 from vllm_tokentiming.writer import Draft, Writer
 
@@ -41,7 +43,8 @@ class Committed:
         target_ids: ``[>= num_target] int32``; prompt and output.
         num_target: How many of them are committed.
         max_proposals: Most target tokens to propose now; 0 while the target itself still reads the prompt.
-        reading: Whether it does; the draft then reads along.
+        greedy: Whether the target takes its likeliest tokens.
+        reading: Whether the target still reads the prompt; the draft then reads along.
         sampling: How the draft is to be drawn; ``None`` for a greedy request, or one whose proposals vLLM may cut by
             looking at them.
         reproducible: Whether what is proposed must not depend on what else runs.
@@ -54,6 +57,7 @@ class Committed:
     num_target: int
     max_proposals: int
     sampling: DraftSampling | None = None
+    greedy: bool = False
     reading: bool = False
     reproducible: bool = False
     cache_salt: str | None = None
@@ -88,21 +92,30 @@ class _Request:
 
 @dataclass
 class Counts:
-    """Tokens of the draft, since the start.
+    """What was done, since the start, in tokens of the draft if nothing else is said.
 
     Attributes:
+        passes: Of the model.
+        encoded: Added to contexts by encoding what the target wrote: all but accepted draft tokens.
         read: Of committed contexts, run through the draft.
         reread: Those of them that had entries already: last tokens of contexts, whose logits were needed.
         reused: Of committed contexts, not run, since the cache had them from another request or an earlier row.
         drafted: Written and run through the draft.
         kept: Those of them whose entries stood after verification: they are never in ``read``.
+        proposed: Target tokens.
+        not_drafted: Requests that could have had proposals in a step and got none, by reason: it would not pay
+            (``length``), no free blocks (``blocks``), too long a context (``positions``), still reading (``reading``).
     """
 
+    passes: int = 0
+    encoded: int = 0
     read: int = 0
     reread: int = 0
     reused: int = 0
     drafted: int = 0
     kept: int = 0
+    proposed: int = 0
+    not_drafted: Counter[str] = field(default_factory=Counter)
 
 
 class Drafter:
@@ -110,6 +123,8 @@ class Drafter:
 
     Attributes:
         counts: What it has computed.
+        clock: Where its time goes: ``context``, ``read`` (the first pass), ``draft`` (the others), ``write`` (what is
+            drawn, proposed, and with which probabilities). On an accelerator, passes end in ``write``, which waits.
         costs: What the passes of the last step cost: kind, tokens and seconds, as ``FixedLength.observe`` takes them.
     """
 
@@ -133,6 +148,7 @@ class Drafter:
         self._writer = writer
         self._requests: dict[str, _Request] = {}
         self.counts = Counts()
+        self.clock = PhaseClock()
 
     def release(self, request_ids: Iterable[str]) -> None:
         """Forget requests and free their blocks."""
@@ -142,8 +158,24 @@ class Drafter:
 
     def release_all(self) -> None:
         """Forget every request and whatever is in the cache, which cannot be relied on after a fault."""
+        self.clock.enter("")
         self.release(list(self._requests))
         self._model.pool.forget_prefixes()
+
+    def numbers(self) -> dict[str, float | dict[str, int] | Counter[str]]:
+        """What has been counted since the start, under the names of ``metrics.COUNTERS`` and ``metrics.GAUGES``."""
+        counts, pool = self.counts, self._model.pool
+        kinds = ("encoded", "read", "reread", "reused", "drafted", "kept")
+        return {
+            "draft_passes": counts.passes,
+            "draft_tokens": {kind: getattr(counts, kind) for kind in kinds},
+            "proposed_tokens": counts.proposed,
+            "one_hot": self._writer.one_hot,
+            "not_drafted": counts.not_drafted,
+            "seconds": self.clock.seconds,
+            "draft_blocks": pool.num_blocks,
+            "draft_blocks_held": pool.num_blocks - pool.num_free_blocks,
+        }
 
     @torch.inference_mode()
     def propose(self, batch: Sequence[Committed]) -> Proposals:
@@ -159,6 +191,12 @@ class Drafter:
             IndexError: An id is outside its vocabulary.
         """
         began = time.perf_counter()
+        self.clock.enter("context")
+        proposals = self._propose(batch, began)
+        self.clock.enter("")
+        return proposals
+
+    def _propose(self, batch: Sequence[Committed], began: float) -> Proposals:
         self.costs = []
         requests = [self._request(committed) for committed in batch]
         target_ids: list[list[int]] = [[] for _ in batch]
@@ -169,6 +207,7 @@ class Drafter:
         could = self._chains(batch, requests)
         planned = {id(chain) for chain in self._length.plan(list(could.values()), len(batch))}
         chains = {index: chain for index, chain in could.items() if id(chain) in planned}
+        self.counts.not_drafted["length"] += len(could) - len(chains)
         if could and not chains:
             return Proposals(target_ids)
         present = {id(request) for request in requests}
@@ -176,13 +215,17 @@ class Drafter:
         for index in wanted:
             if index not in followed:
                 self._follow(requests[index], batch[index])
-        with_room = [requests[index] for index in wanted if self._has_room(requests[index], present)]
+        with_room = [requests[index] for index in wanted if self._has_room(requests[index], present, index in chains)]
+        self.clock.enter("read")
         num_read, logits_of = self._catch_up(with_room)
+        self.clock.enter("write")
         drafts = [
-            Draft(index, chain, batch[index].sampling, batch[index].num_target)
+            Draft(index, chain, batch[index].sampling, batch[index].num_target, batch[index].greedy)
             for index, chain in chains.items()
             if id(requests[index]) in logits_of
         ]
+        ready = sum(1 for index in chains if requests[index].row is not None)
+        self.counts.not_drafted["reading"] += ready - len(drafts)
         if not drafts:
             return Proposals(target_ids)
         self._writer.begin(drafts)
@@ -193,6 +236,7 @@ class Drafter:
             request = requests[draft.index]
             request.drafted, request.chain = Drafted(draft.draft_ids, draft.proxy), draft.chain
             target_ids[draft.index] = draft.proxy.target_ids[: draft.max_proposals]
+            self.counts.proposed += len(target_ids[draft.index])
         return Proposals(target_ids, self._writer.q, [batch[draft.index].request_id for draft in drafts])
 
     def _chains(self, batch: Sequence[Committed], requests: Sequence[_Request]) -> dict[int, Chain]:
@@ -233,6 +277,7 @@ class Drafter:
             self._length.learn(
                 request.chain, max(kept - num_before, 0), rejected, len(request.drafted.proxy.target_ids)
             )
+        self.counts.encoded += len(context.draft_ids) - kept
         # The last token of a context is always read again: its logits are what drafting starts from.
         standing = min(request.num_cached, kept)
         request.num_cached = min(standing, max(0, len(context.draft_ids) - 1))
@@ -240,13 +285,14 @@ class Drafter:
         self.counts.reread += standing - request.num_cached
         request.drafted = request.chain = None
 
-    def _has_room(self, request: _Request, present: set[int]) -> bool:
-        """Find a row and blocks for a context and what may be drafted after it."""
+    def _has_room(self, request: _Request, present: set[int], drafts: bool) -> bool:
+        """Find a row and blocks for a context and what may be drafted after it; ``drafts`` if anything is to be."""
         need = len(request.context.draft_ids) + self._max_draft_tokens
         if not request.context.draft_ids:
             return False
         if need > self._model.max_model_len:
             self._close(request)
+            self.counts.not_drafted["positions"] += drafts
             return False
         pool, had = self._model.pool, request.num_cached
         while True:
@@ -264,6 +310,7 @@ class Drafter:
             if idle is None:
                 # Its blocks are of use to others only: if all kept what they have, soon none could grow.
                 self._close(request)
+                self.counts.not_drafted["blocks"] += drafts
                 return False
             self._close(idle)
 
@@ -306,6 +353,7 @@ class Drafter:
             return 0, {}
         reading.sort(key=lambda pair: len(pair[1].draft_ids))  # The last one may have been cut short.
         logits = self._model.forward([span for _, span in reading])
+        self.counts.passes += 1
         return self._model.max_batch_tokens - room, {
             id(request): row
             for (request, _), row in zip(reading, logits, strict=True)
@@ -341,5 +389,8 @@ class Drafter:
                 spans.append(Span(request.row, request.num_cached, draft.draft_ids[-1:]))
                 request.num_cached += 1
             self.counts.drafted += len(spans)
+            self.clock.enter("draft")
             logits = self._model.forward(spans)
+            self.counts.passes += 1
+            self.clock.enter("write")
             kind, num_tokens, began = "later", len(drafts), now

@@ -18,6 +18,7 @@ from vllm_tokentiming import compat
 from vllm_tokentiming.config import METHOD, SettingsError
 from vllm_tokentiming.draft.sampling import DraftSampling, seed_of
 from vllm_tokentiming.drafting import Committed
+from vllm_tokentiming.metrics import Recorder
 from vllm_tokentiming.pair import VocabularyPair
 
 _GREEDY_BELOW = 1e-5  # vLLM's `_SAMPLING_EPS`
@@ -44,6 +45,16 @@ def describe_special_tokens(pair: VocabularyPair) -> str:
     target, draft = pair.target.token_bytes.special, pair.draft.token_bytes.special
     shown = [f"{target[t]} = {draft[d]}" for t, d in sorted(pair.special.to_draft.items())]
     return ", ".join(shown[:8] + (["..."] if len(shown) > 8 else [])) or "none in common"
+
+
+def recorder(vllm_config: VllmConfig) -> Recorder | None:
+    """What writes this worker's metrics: of ranks that do the same, the first one's count."""
+    from vllm.distributed import get_tp_group
+
+    if not get_tp_group().is_first_rank:
+        return None
+    name = vllm_config.model_config.served_model_name
+    return Recorder(name if isinstance(name, str) else name[0], vllm_config.parallel_config.data_parallel_index)
 
 
 def agree(costs: list[tuple[str, int, float]]) -> list[tuple[str, int, float]]:
@@ -138,6 +149,7 @@ def _take_over(runner: Any, scheduler_output: Any, sampled_token_ids: list[list[
                 request.sampling_params.max_tokens - (num_target - request.num_prompt_tokens) - 1,
             )
         sampling = _sampling(request, proposer.seed)
+        greedy = request.sampling_params.temperature < _GREEDY_BELOW
         committed.append(
             Committed(
                 request_id,
@@ -145,10 +157,10 @@ def _take_over(runner: Any, scheduler_output: Any, sampled_token_ids: list[list[
                 num_target,
                 max(max_proposals, 0),
                 sampling,
+                greedy=greedy,
                 reading=not sampled_token_ids[index],
                 # A greedy request writes the same text whatever is proposed.
-                reproducible=request.sampling_params.seed is not None
-                and request.sampling_params.temperature >= _GREEDY_BELOW,
+                reproducible=request.sampling_params.seed is not None and not greedy,
                 cache_salt=proposer.cache_salts.get(request_id),
             )
         )

@@ -16,6 +16,7 @@ from vllm_tokentiming.config import (
     TokenTimingConfig,
     split_speculative_config,
 )
+from vllm_tokentiming.metrics import show_in_front_end
 
 
 def register() -> None:
@@ -60,6 +61,7 @@ def register() -> None:
         else:
             vllm_part, settings = given, self.additional_config.get(METHOD, {})
         _refuse_early(settings, target_model_config, target_parallel_config)
+        show_in_front_end()
         self.speculative_config = vllm_part
         return original(self, target_model_config, target_parallel_config)
 

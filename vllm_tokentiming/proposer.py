@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from vllm_tokentiming.vocabularies import load_pair
 if TYPE_CHECKING:
     from vllm_tokentiming.draft.model import DraftModel
     from vllm_tokentiming.drafting import Committed, Drafter
+    from vllm_tokentiming.metrics import Recorder
     from vllm_tokentiming.pair import VocabularyPair
 
 logger = init_logger(f"vllm.{__name__}")
@@ -59,6 +61,8 @@ class TokenTimingProposer:
         self._ended: float | None = None  # When the last call returned.
         self._seen: set[str] = set()  # The requests that it was for.
         self._faults: set[str] = set()
+        self._num_faults: Counter[str] = Counter()  # By phase.
+        self._recorder: Recorder | None = None
         integration.install()
 
     def load_model(self, target_model: Any) -> None:
@@ -105,6 +109,7 @@ class TokenTimingProposer:
             log_prior=self._log_prior(pair, model),
         )
         self._drafter = Drafter(pair, model, writer, self._length, max_draft_tokens)
+        self._recorder = integration.recorder(self._vllm_config)
 
     def _log_prior(self, pair: VocabularyPair, model: DraftModel) -> npt.NDArray[np.float64] | None:
         power = self._settings.alignment_prior
@@ -140,8 +145,16 @@ class TokenTimingProposer:
                 for kind, tokens, seconds in costs:
                     self._length.observe(kind, tokens, seconds)
                 self.proposals = self._drafter.propose(self.batch)
+            with self.guard():
+                self._record()
             self._ended = time.perf_counter()
         return self.proposals.target_ids
+
+    def _record(self) -> None:
+        if self._recorder is None:
+            return
+        assert self._drafter is not None
+        self._recorder.write({**self._drafter.numbers(), "faults": self._num_faults})
 
     def _measured(self) -> list[tuple[str, int, float]]:
         """What the target's pass cost, and what those of the draft did in the step before."""
@@ -160,6 +173,7 @@ class TokenTimingProposer:
         try:
             yield
         except Exception as error:
+            self._num_faults[self._drafter.clock.phase or "batch" if self._drafter else "batch"] += 1
             if self._drafter is not None:
                 self._drafter.release_all()
             where = traceback.extract_tb(error.__traceback__)[-1]

@@ -15,6 +15,7 @@ every strategy but ``tli``, where its proposals are the greedy ones, too: one-ho
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -39,6 +40,7 @@ class Draft:
         chain: How much of it.
         sampling: How to draw; ``None`` to draft greedily, with one-hot ``q``.
         position: Committed target tokens.
+        greedy: Whether the target takes its likeliest tokens.
         row: Its row in ``Writer.q``.
         draft_ids: The drafted tokens.
         proxy: What they are in target tokens.
@@ -48,6 +50,7 @@ class Draft:
     chain: Chain
     sampling: DraftSampling | None
     position: int
+    greedy: bool = False
     row: int = -1
     draft_ids: list[int] = field(default_factory=list)
     proxy: Proxy = field(default_factory=lambda: Proxy([]))
@@ -70,7 +73,13 @@ class Draft:
 
 
 class Writer:
-    """Turns the draft's logits into drafted tokens, proposals, and their probabilities."""
+    """Turns the draft's logits into drafted tokens, proposals, and their probabilities.
+
+    Attributes:
+        q: Of the step, ``[drafts, num_proposals, target size] float32``, if any draft draws.
+        one_hot: Drafts of sampled requests without ``q``, since the start, by reason: the ``strategy`` draws none,
+            there is not ``memory`` enough, or vLLM may cut the proposals of a request with a ``grammar``.
+    """
 
     def __init__(
         self,
@@ -118,6 +127,7 @@ class Writer:
         self._never = (~draftable).nonzero().squeeze(1).to(device)
         self._device = device
         self.q: torch.Tensor | None = None
+        self.one_hot: Counter[str] = Counter()
 
     def begin(self, drafts: Sequence[Draft]) -> None:
         """Begin a step.
@@ -132,6 +142,8 @@ class Writer:
         fits = len(drafts) <= self._max_rows
         for row, draft in enumerate(drafts):
             draft.row = row
+            if not (draft.greedy or (draft.sampling and self._draws and fits)):
+                self.one_hot["strategy" if not self._draws else "memory" if draft.sampling else "grammar"] += 1
             if not (self._draws and fits):
                 draft.sampling = None
             elif draft.sampling:

@@ -62,6 +62,11 @@ class KVPool:
         self._index = PrefixIndex()
 
     @property
+    def num_blocks(self) -> int:
+        """Blocks that can be handed out."""
+        return len(self._num_holders) - 1
+
+    @property
     def num_free_blocks(self) -> int:
         """Blocks that nobody holds."""
         return len(self._empty_blocks) + len(self._idle_blocks)

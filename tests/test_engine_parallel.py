@@ -1,0 +1,64 @@
+"""Tensor parallelism: the draft is sharded over the target's ranks, and all ranks draft alike."""
+
+from __future__ import annotations
+
+import engine
+import pytest
+from engine_prompts import texts
+
+pytestmark = pytest.mark.engine
+
+NUM_PROMPTS = 12
+TOKENS = 32
+COUNTED = ("vllm:spec_decode_num_accepted_tokens", "vllm:tokentiming_draft_passes")
+
+
+def _outputs(**arguments) -> dict:
+    """Outputs of one engine for greedy and for seeded sampled requests, in one batch, and accepted tokens."""
+    llm = engine.start(**arguments)
+    prompts = [text for text in texts()[:NUM_PROMPTS] for _ in range(2)]
+    sampling = [
+        parameters
+        for seed in range(NUM_PROMPTS)
+        for parameters in (engine.greedy(TOKENS), engine.greedy(TOKENS, temperature=0.8, top_p=0.95, seed=seed))
+    ]
+    written = engine.generate(llm, prompts, sampling)
+    counted = {m.name: m.value for m in llm.get_metrics() if m.name in COUNTED}
+    return {"greedy": written[::2], "sampled": written[1::2], "counted": counted}
+
+
+def _plain() -> dict:
+    return _outputs()
+
+
+def _speculating(ranks: int, adaptive: bool) -> dict:
+    return _outputs(tensor_parallel_size=ranks, speculative_config=engine.speculation(adaptive_length=adaptive, seed=1))
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict:
+    """One rank, speculating."""
+    return engine.in_fresh_process(_speculating, ranks=1, adaptive=False)
+
+
+@pytest.fixture(scope="module")
+def sharded() -> dict:
+    """Two ranks, speculating."""
+    return engine.in_fresh_process(_speculating, ranks=2, adaptive=False)
+
+
+def test_two_ranks_write_what_the_target_alone_writes(sharded):
+    assert sharded["greedy"] == engine.in_fresh_process(_plain)["greedy"]
+
+
+def test_two_ranks_draft_as_one_does(sharded, alone):
+    # Were the ranks to draw or to decide differently, their attention would read different tokens.
+    assert sharded["sampled"] == alone["sampled"]
+    # Passes are counted once, not once a rank.
+    assert sharded["counted"] == alone["counted"]
+    assert sorted(sharded["counted"]) == sorted(COUNTED)
+
+
+def test_two_ranks_agree_on_lengths_that_adapt(sharded):
+    adaptive = engine.in_fresh_process(_speculating, ranks=2, adaptive=True)
+    assert adaptive["greedy"] == sharded["greedy"]
