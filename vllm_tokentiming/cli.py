@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm_tokentiming.inspection import SAMPLE, as_text, inspect
 from vllm_tokentiming.pair import Vocabulary, VocabularyPair
+from vllm_tokentiming.turns import chat_template
 
 
 def load_vocabulary(name: str) -> Vocabulary:
@@ -38,7 +39,7 @@ def load_vocabulary(name: str) -> Vocabulary:
         head_size = int(getattr(AutoConfig.from_pretrained(name), "vocab_size", 0))
     except (OSError, ValueError, KeyError):
         head_size = 0  # Without the model's configuration, padding rows of its head are not known.
-    return Vocabulary.of(backend, head_size, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return Vocabulary.of(backend, head_size, tokenizer.bos_token_id, tokenizer.eos_token_id, chat_template(tokenizer))
 
 
 def main(arguments: list[str] | None = None) -> int:

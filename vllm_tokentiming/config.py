@@ -53,6 +53,8 @@ class TokenTimingConfig(BaseModel):
             one-hot (a request takes ``num_speculative_tokens`` times the target's vocabulary times 4 bytes).
         seed: Of the draft's random numbers, beside that of each request.
         special_tokens: Draft special token for a target special token, both by text; ``null`` drops it.
+        own_chat_turns: Whether the draft reads what stands around the messages of a chat as its own template writes it,
+            where both models have one (``turns.py``).
         unmapped_special_tokens: What the draft reads for other special tokens of the target: their ``text``, or
             nothing (``drop``).
     """
@@ -77,6 +79,7 @@ class TokenTimingConfig(BaseModel):
     alignment_prior: float = Field(1.0, ge=0)
     q_memory_gib: float = Field(1.0, ge=0)
     seed: int = 0
+    own_chat_turns: bool = True
     special_tokens: dict[str, str | None] = {}
     unmapped_special_tokens: Literal["text", "drop"] = "text"
 

@@ -1,7 +1,8 @@
 """Per request: the committed target tokens, as the draft reads them.
 
 **Contract.** ``draft_ids`` spells the bytes of every committed target token, in the draft's own canonical
-tokenization (after its begin-of-text token). Special tokens cross by role; nothing is replaced by ``unk``.
+tokenization (after its begin-of-text token). Special tokens cross by role, and what a chat template writes around
+messages becomes what the draft's writes there (``turns.py``); nothing is replaced by ``unk``.
 
 **Incremental.** Only the open end is encoded again when target tokens arrive: the bytes since the last point where
 the draft's tokenizer cuts whatever follows. So a step costs the same however long the context is.
@@ -91,24 +92,35 @@ class DraftContext:
     def _append(self, target_ids: Sequence[int]) -> None:
         target_bytes, special = self._pair.target.token_bytes, self._pair.special
         data = bytearray(self._tail)
-        for target_id in target_ids:
-            if target_id in target_bytes.special:
-                counterpart = special.to_draft.get(target_id)
-                if counterpart is not None:
-                    self._close(bytes(data))
-                    data.clear()
-                    # The target's begin-of-text token is already there.
-                    if [counterpart] != self._pair.draft_prefix or self.draft_ids != [counterpart]:
-                        self.draft_ids.append(counterpart)
-                        self._settled += 1
-                elif special.unmapped == "text" and target_id not in special.dropped:
-                    data += target_bytes.special[target_id].encode()
-            else:
+        index = 0
+        while index < len(target_ids):
+            target_id, num_matched = target_ids[index], 1
+            if target_id not in target_bytes.special:
                 data += target_bytes[target_id]
+            elif (boundary := self._pair.turns.match(target_ids, index)) is not None:
+                num_matched, read = boundary
+                for piece in read:
+                    if isinstance(piece, bytes):
+                        data += piece
+                    else:
+                        self._add_special(piece, data)
+            elif (counterpart := special.to_draft.get(target_id)) is not None:
+                self._add_special(counterpart, data)
+            elif special.unmapped == "text" and target_id not in special.dropped:
+                data += target_bytes.special[target_id].encode()
+            index += num_matched
         encoded = self._pair.draft.encoder.encode_tail(bytes(data))
         self.draft_ids[self._settled :] = encoded.ids
         self._settled += encoded.settled_ids
         self._tail = bytes(data[encoded.settled_bytes :])
+
+    def _add_special(self, draft_id: int, data: bytearray) -> None:
+        self._close(bytes(data))
+        data.clear()
+        # The draft's own begin-of-text token is already there.
+        if [draft_id] != self._pair.draft_prefix or self.draft_ids != [draft_id]:
+            self.draft_ids.append(draft_id)
+            self._settled += 1
 
     def _close(self, data: bytes) -> None:
         """Settle everything: no text that follows a special token can change what stands before it."""

@@ -72,7 +72,8 @@ def inspect(pair: VocabularyPair, texts: Iterable[bytes]) -> dict[str, Any]:
         texts: UTF-8, of the kind that will be written.
 
     Returns:
-        Plain JSON: ``target`` and ``draft``, ``overlap``, ``emissions``, ``blocks``, ``special_tokens``, ``warnings``.
+        Plain JSON: ``target`` and ``draft``, ``overlap``, ``emissions``, ``blocks``, ``special_tokens``, ``chat``,
+        ``warnings``.
     """
     target, draft = pair.target.token_bytes, pair.draft.token_bytes
     target_pieces, draft_pieces = (set(side.pieces) - {b"", None} for side in (target, draft))
@@ -104,6 +105,7 @@ def inspect(pair: VocabularyPair, texts: Iterable[bytes]) -> dict[str, Any]:
             "draft_to_target": {draft.special[d]: target.special[t] for d, t in sorted(pair.special.to_target.items())},
             "not_mapped": [text for i, text in sorted(target.special.items()) if i not in pair.special.to_draft],
         },
+        "chat": {name: list(texts) for name, texts in pair.turns.texts.items()},
     }
     return {**found, "warnings": _warnings(pair, found)}
 
@@ -171,6 +173,8 @@ def as_text(found: dict[str, Any]) -> str:
         "special tokens": ", ".join(f"{t} = {d}" for t, d in found["special_tokens"]["target_to_draft"].items())
         or "none in common",
     }
+    if found["chat"]:
+        shown["chat"] = "; ".join(f"{name}: {t!r} = {d!r}" for name, (t, d) in found["chat"].items())
     lines += [f"{label:<24}{value}" for label, value in shown.items()]
     lines += [f"warning: {warning}" for warning in found["warnings"]]
     return "\n".join(lines)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from vllm_tokentiming.encoder import Encoder, make_encoder
 from vllm_tokentiming.special_tokens import Role, SpecialMap, SpecialTokens
 from vllm_tokentiming.token_bytes import TokenBytes
+from vllm_tokentiming.turns import Render, Turns, boundaries
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,23 @@ class Vocabulary:
         token_bytes: Bytes of every id.
         encoder: Bytes to ids.
         special: Special tokens by role.
+        turns: What the chat template writes around messages (``turns.boundaries``).
     """
 
     token_bytes: TokenBytes
     encoder: Encoder
     special: SpecialTokens
+    turns: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, tokenizer: Any, head_size: int = 0, bos_id: int | None = None, eos_id: int | None = None) -> Vocabulary:
+    def of(
+        cls,
+        tokenizer: Any,
+        head_size: int = 0,
+        bos_id: int | None = None,
+        eos_id: int | None = None,
+        render: Render | None = None,
+    ) -> Vocabulary:
         """Read a ``tokenizers.Tokenizer``.
 
         Args:
@@ -40,9 +50,13 @@ class Vocabulary:
             head_size: Rows of the model's head; 0 if unknown.
             bos_id: The begin-of-text id that the tokenizer's configuration names.
             eos_id: The end-of-text id that it names.
+            render: Its chat template, if it has one.
         """
         token_bytes = TokenBytes.from_tokenizer(tokenizer, head_size)
-        return cls(token_bytes, make_encoder(tokenizer, token_bytes), SpecialTokens.of(token_bytes, bos_id, eos_id))
+        special = SpecialTokens.of(token_bytes, bos_id, eos_id)
+        return cls(
+            token_bytes, make_encoder(tokenizer, token_bytes), special, {} if render is None else boundaries(render)
+        )
 
 
 @dataclass(frozen=True)
@@ -54,6 +68,7 @@ class VocabularyPair:
         draft: The draft's vocabulary.
         special: How special tokens cross.
         window: Sakoe-Chiba half-width of the warping, in tokens.
+        turns: How chats cross.
         exact: Whether both sides can spell every text, so that byte offsets align them.
         draftable: ``[draft size] bool``; what the draft may write: ids that have bytes, and special tokens that
             mean something to the target. Never padding rows, gaps, or ``unk``.
@@ -63,6 +78,7 @@ class VocabularyPair:
     draft: Vocabulary
     special: SpecialMap
     window: int = 8
+    turns: Turns = field(default_factory=Turns)
     exact: bool = field(init=False)
     draftable: npt.NDArray[np.bool_] = field(init=False)
 
@@ -82,14 +98,24 @@ class VocabularyPair:
         overrides: Mapping[str, str | None] | None = None,
         unmapped: Literal["text", "drop"] = "text",
         window: int = 8,
+        own_turns: bool = True,
     ) -> VocabularyPair:
-        """Pair two vocabularies; see ``SpecialMap.between`` for the arguments.
+        """Pair two vocabularies.
+
+        Args:
+            target: The target's.
+            draft: The draft's.
+            overrides: See ``SpecialMap.between``; so ``unmapped``.
+            unmapped: What the draft's context gets for special tokens without counterpart.
+            window: Sakoe-Chiba half-width of the warping, in tokens.
+            own_turns: Whether the draft reads chats as its own template writes them.
 
         Raises:
             ValueError: An override names a token that is not special.
         """
         special = SpecialMap.between(target.special, draft.special, overrides or {}, unmapped)
-        return cls(target, draft, special, window)
+        turns = Turns.between(target.turns, draft.turns, target.special.by_text, draft.special.by_text, target.encoder)
+        return cls(target, draft, special, window, turns if own_turns else Turns())
 
     @property
     def draft_prefix(self) -> list[int]:

@@ -83,10 +83,11 @@ class TokenTimingProposer:
         pair = load_pair(self._settings, self._vllm_config.model_config, model.model_config)
         logger.info(
             "TokenTiming: target vocabulary %d (%s), draft vocabulary %d (%s), %s alignment; special tokens "
-            "(target to draft): %s.",
+            "(target to draft): %s; boundaries of chat messages that the draft reads in its own template: %d.",
             pair.target.token_bytes.size, pair.target.token_bytes.kind.value,
             pair.draft.token_bytes.size, pair.draft.token_bytes.kind.value,
             "byte-exact" if pair.exact else "lossy, warped", integration.describe_special_tokens(pair),
+            len(pair.turns.texts),
         )  # fmt: skip
         target_size = self._vllm_config.model_config.get_vocab_size()
         max_q_bytes = int(self._settings.q_memory_gib * (1 << 30))

@@ -23,6 +23,7 @@ class Role(Enum):
     BEGIN = "begin of text"
     END = "end of text"
     START_OF_TURN = "start of turn"
+    END_OF_HEADER = "end of header"
     END_OF_TURN = "end of turn"
 
 
@@ -32,6 +33,7 @@ _ROLE_OF_TEXT = {
         Role.BEGIN: "<s> <|begin_of_text|> <bos> [BOS] <|startoftext|> <|begin_of_sentence|> <｜begin▁of▁sentence｜>",
         Role.END: "</s> <|endoftext|> <|end_of_text|> <eos> [EOS] <|end_of_sentence|> <｜end▁of▁sentence｜>",
         Role.START_OF_TURN: "<|im_start|> <start_of_turn> <|start_header_id|> <|turn>",
+        Role.END_OF_HEADER: "<|end_header_id|> <|message|>",
         Role.END_OF_TURN: "<|im_end|> <|eot_id|> <end_of_turn> <|end|> <|eot|> <turn|>",
     }.items()
     for text in texts.split()
@@ -116,9 +118,9 @@ class SpecialMap:
         common = (target.by_text.keys() & draft.by_text.keys()) - _UNKNOWN
         to_draft = {target.by_text[text]: draft.by_text[text] for text in common}
         to_draft.update({i: draft.by_role[role] for role, i in target.by_role.items() if role in draft.by_role})
-        # A draft that begins no text with a token of its own has nothing to read there.
-        begin = target.by_role.get(Role.BEGIN)
-        dropped = {begin} if begin is not None and begin not in to_draft else set()
+        # A draft that has no token of its own to begin a text, or to end a header, has nothing to read there.
+        marks = {target.by_role[role] for role in (Role.BEGIN, Role.END_OF_HEADER) if role in target.by_role}
+        dropped = marks - to_draft.keys()
         for target_text, draft_text in overrides.items():
             if target_text not in target.by_text:
                 raise ValueError(f"special_tokens: {target_text!r} is not a special token of the target")

@@ -9,6 +9,7 @@ from vllm.tokenizers import get_tokenizer
 
 from vllm_tokentiming.config import SettingsError, TokenTimingConfig
 from vllm_tokentiming.pair import Vocabulary, VocabularyPair
+from vllm_tokentiming.turns import chat_template
 
 
 def load_pair(settings: TokenTimingConfig, target: ModelConfig, draft: ModelConfig) -> VocabularyPair:
@@ -32,6 +33,7 @@ def load_pair(settings: TokenTimingConfig, target: ModelConfig, draft: ModelConf
             overrides=settings.special_tokens,
             unmapped=settings.unmapped_special_tokens,
             window=settings.dtw_window,
+            own_turns=settings.own_chat_turns,
         )
     except SettingsError:
         raise
@@ -60,7 +62,9 @@ def _vocabulary(model: ModelConfig, role: str) -> Vocabulary:
             f"no tokenizer.json; convert it to a fast tokenizer{hint}."
         )
     head_size = model.get_vocab_size()
-    vocabulary = Vocabulary.of(backend, head_size, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    vocabulary = Vocabulary.of(
+        backend, head_size, tokenizer.bos_token_id, tokenizer.eos_token_id, chat_template(tokenizer)
+    )
     if any(vocabulary.token_bytes.pieces[head_size:]):
         raise SettingsError(
             f"tokentiming: the {role}'s tokenizer {model.tokenizer!r} has {vocabulary.token_bytes.size} ids, its "

@@ -1,0 +1,161 @@
+"""What happens between every two of some tokenizers, in every language of some texts; needs no model.
+
+    python benchmarks/pairs.py --tokenizers DIR --texts DIR --out pairs.json --table PAIRS.md
+
+For each ordered pair, each text is committed by the target as in decoding: the draft writes some of its tokens, the
+target accepts a part of them, adds one of its own, and now and then goes on by a random id. After each commit, the
+draft's context has to spell what the target has committed. A draft whose tokenizer cannot spell every text comes as
+close as it can: how close is 1 less the edit distance of the two at the end, per byte of the longer one. The shares of
+alignment blocks are those of the whole text.
+"""
+
+import argparse
+import json
+import random
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from provenance import provenance
+from rapidfuzz.distance import Levenshtein
+from tokenizers import Tokenizer
+
+from vllm_tokentiming.context import DraftContext, Drafted
+from vllm_tokentiming.inspection import block_shares
+from vllm_tokentiming.pair import Vocabulary, VocabularyPair
+from vllm_tokentiming.retokenize import retokenize
+
+CODE = Path(__file__)  # A text in a language of its own.
+SAME_LANGUAGE = {"arb": "ara", "cmn_hans": "cmn"}
+
+
+def read_texts(folder: Path, length: int) -> dict[str, bytes]:
+    """By language, the beginnings of all its `.txt` files (NAME.LANGUAGE.txt), in whole characters; and Python."""
+    texts: defaultdict[str, bytes] = defaultdict(bytes)
+    for path in [*sorted(folder.rglob("*.txt")), CODE]:
+        name = "python" if path is CODE else path.stem.rpartition(".")[2]
+        texts[SAME_LANGUAGE.get(name, name)] += path.read_text(encoding="utf-8")[:length].encode()
+    return texts
+
+
+def follow(pair: VocabularyPair, data: bytes, rng: random.Random) -> dict[str, float]:
+    """Walk through a text as decoding does.
+
+    Returns:
+        How many commits; after how many of them the context did not spell what was committed; how alike the two are in
+        the end; and how many proposed ids do not exist.
+    """
+    context, committed = DraftContext(pair), bytearray()
+    target_bytes, draft_bytes = pair.target.token_bytes, pair.draft.token_bytes
+    rest = pair.target.encoder.encode(data)
+    commits = errors = outside = 0
+    while rest:
+        drafted, accepted = None, 0
+        if draft_ids := pair.draft.encoder.encode(target_bytes.decode(rest[:8]))[: rng.randint(1, 8)]:
+            if rng.random() < 0.3:
+                draft_ids[-1] = rng.choice(pair.draftable.nonzero()[0].tolist())
+            drafted = Drafted(draft_ids, retokenize(pair, draft_ids))
+            proposed = drafted.proxy.target_ids
+            outside += sum(not 0 <= target_id < target_bytes.size for target_id in proposed)
+            while accepted < min(len(proposed), len(rest)) and proposed[accepted] == rest[accepted]:
+                accepted += 1
+            accepted = rng.randint(0, accepted)
+        written, rest = rest[: accepted + 1], rest[accepted + 1 :]
+        if rng.random() < 0.1:  # What no tokenizer would produce.
+            written[-1] = rng.randrange(target_bytes.size)
+            while target_bytes.pieces[written[-1]] is None:
+                written[-1] = rng.randrange(target_bytes.size)
+        context.commit(written, drafted)
+        committed += target_bytes.decode(written)
+        commits += 1
+        spelt = draft_bytes.decode(context.draft_ids[len(pair.draft_prefix) :])
+        errors += spelt != committed
+    alike = Levenshtein.normalized_similarity(spelt, bytes(committed))
+    return {"commits": commits, "context_errors": errors, "alike": alike, "ids_outside": outside}
+
+
+def measure(names: dict[str, Vocabulary], texts: dict[str, bytes], seed: int) -> Iterable[dict]:
+    """One row for each ordered pair and text."""
+    for target in names:
+        for draft in names:
+            if target == draft:
+                continue
+            pair = VocabularyPair.of(names[target], names[draft])
+            for language, data in texts.items():
+                rng = random.Random(f"{seed} {target} {draft} {language}")
+                yield {
+                    "target": target, "draft": draft, "exact": pair.exact, "text": language,
+                    **follow(pair, data, rng), **asdict(block_shares(pair, [data])),
+                }  # fmt: skip
+            print(f"{target} - {draft}", flush=True)
+
+
+def tables(rows: list[dict], arguments: list[str]) -> str:
+    """Context errors, and blocks."""
+    by_pair: defaultdict[tuple[str, str], list[dict]] = defaultdict(list)
+    for row in rows:
+        by_pair[row["target"], row["draft"]].append(row)
+    names, languages = sorted({row["target"] for row in rows}), sorted({row["text"] for row in rows})
+    lines = [
+        "# Every ordered pair of tokenizers", "",
+        f"Written by `python {' '.join(arguments)}`, {sum(row['commits'] for row in rows):,} commits; of all proposed "
+        f"ids, {sum(row['ids_outside'] for row in rows)} were outside the target's vocabulary.", "",
+        "## Commits after which the draft's context is not what the target has committed", "",
+        "Rows are targets, columns drafts. Where a draft cannot spell every text, or a target's text changes by being",
+        "encoded: how alike context and text are in the end, in per cent, in the median over languages (and in the",
+        "worst).", "",
+        "| target \\ draft | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|",
+    ]  # fmt: skip
+    for target in names:
+        cells = []
+        for draft in names:
+            found = by_pair.get((target, draft), [])
+            errors = sum(row["context_errors"] for row in found)
+            alike = sorted(100 * row["alike"] for row in found)
+            inexact = f"{alike[len(alike) // 2]:.0f} ({alike[0]:.0f})" if alike else ""
+            cells.append("" if not found else "**0**" if not errors else inexact)
+        lines.append(f"| {target} | " + " | ".join(cells) + " |")
+    lines += [
+        "", "## How tokens lie over each other", "",
+        "Shares of alignment blocks in per cent, one draft token on one target token / one on several / several on",
+        "one / several on several; in brackets, draft tokens for a target token.", "",
+        "| target - draft | " + " | ".join(languages) + " |", "|---" * (len(languages) + 1) + "|",
+    ]  # fmt: skip
+    for (target, draft), found in by_pair.items():
+        cells = []
+        for row in found:
+            shares = [row[key] for key in ("one_to_one", "one_to_many", "many_to_one", "many_to_many")]
+            ratio = row["draft_tokens"] / max(1, row["target_tokens"])
+            cells.append("/".join(f"{100 * share:.0f}" for share in shares) + f" ({ratio:.1f})")
+        lines.append(f"| {target} - {draft} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--tokenizers", type=Path, required=True, help="folder of folders with a tokenizer.json each")
+    parser.add_argument("--texts", type=Path, required=True, help="folder with .txt files, one for each language")
+    parser.add_argument("--length", type=int, default=1500, help="characters of each text")
+    parser.add_argument("--seed", type=int, default=0, help="of what is accepted")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file")
+    parser.add_argument("--table", type=Path, help="Markdown file")
+    options = parser.parse_args()
+    vocabularies = {
+        path.parent.name: Vocabulary.of(Tokenizer.from_file(str(path)))
+        for path in sorted(options.tokenizers.glob("*/tokenizer.json"))
+    }
+    texts = read_texts(options.texts, options.length)
+    rows = list(measure(vocabularies, dict(sorted(texts.items())), options.seed))
+    options.out.write_text(json.dumps({"provenance": provenance(), "rows": rows}, indent=1))
+    if options.table:
+        options.table.write_text(tables(rows, sys.argv))
+    if wrong := [row for row in rows if row["ids_outside"] or (row["exact"] and row["context_errors"])]:
+        raise SystemExit(f"wrong: {wrong[0]} and {len(wrong) - 1} more")
+
+
+if __name__ == "__main__":
+    main()
