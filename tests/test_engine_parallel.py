@@ -1,10 +1,13 @@
-"""Tensor parallelism: the draft is sharded over the target's ranks, and all ranks draft alike."""
+"""Several workers: the ranks of one target draft alike, and each of several engines drafts for itself."""
 
 from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
 
 import engine
 import pytest
 from engine_prompts import texts
+from server import serving
 
 pytestmark = pytest.mark.engine
 
@@ -62,3 +65,14 @@ def test_two_ranks_draft_as_one_does(sharded, alone):
 def test_two_ranks_agree_on_lengths_that_adapt(sharded):
     adaptive = engine.in_fresh_process(_speculating, ranks=2, adaptive=True)
     assert adaptive["greedy"] == sharded["greedy"]
+
+
+def test_each_of_two_engines_drafts_and_counts_for_itself(tmp_path):
+    with serving(tmp_path / "log", "--data-parallel-size", "2") as server:
+        alone = [server.complete(prompt) for prompt in texts()[:NUM_PROMPTS]]
+        with ThreadPoolExecutor(NUM_PROMPTS) as clients:
+            together = list(clients.map(server.complete, texts()[:NUM_PROMPTS]))
+        assert together == alone
+        for number in (0, 1):
+            assert server.metric("vllm:tokentiming_draft_passes_total", engine=str(number)) > 0
+            assert server.metric("vllm:spec_decode_num_accepted_tokens_total", engine=str(number)) > 0

@@ -2,92 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 
-import engine
-import openai
 import pytest
 from engine_prompts import texts
+from server import serving
 
 pytestmark = pytest.mark.engine
 
 NUM_CLIENTS = 32
-START_SECONDS = 300
-
-
-@dataclass(frozen=True)
-class Server:
-    """A running server."""
-
-    url: str
-    client: openai.OpenAI
-
-    def complete(self, prompt: str, stream: bool = False, **parameters) -> str:
-        given = {"model": "target", "prompt": prompt, "temperature": 0, "max_tokens": 24, **parameters}
-        answer = self.client.completions.create(stream=stream, **given)
-        return "".join(chunk.choices[0].text for chunk in answer) if stream else answer.choices[0].text
-
-    def chat(self, content: str, stream: bool = False, **parameters) -> str:
-        messages = [{"role": "user", "content": content}]
-        given = {"model": "target", "messages": messages, "temperature": 0, "max_tokens": 24, **parameters}
-        answer = self.client.chat.completions.create(stream=stream, **given)
-        if stream:
-            return "".join(chunk.choices[0].delta.content or "" for chunk in answer)
-        return answer.choices[0].message.content
-
-    def metric(self, name: str) -> float:
-        """A counter of the metrics page, added up over its labels."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as page:
-            lines = page.read().decode().splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
-
-
-def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.3)
-    end = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
-    pytest.fail(f"the server did not become healthy:\n{end}")
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    log = tmp_path_factory.mktemp("serve") / "log"
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    command = [Path(sys.executable).with_name("vllm"), "serve", engine.TARGET]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "target"]
-    command += ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "16", "--enforce-eager"]
-    command += ["--speculative-config", json.dumps(engine.speculation())]
-    with log.open("wb") as sink:
-        process = subprocess.Popen(
-            command,
-            env=engine.environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=sink,
-            start_new_session=True,
-        )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        _wait_until_healthy(process, url, log)
-        yield Server(url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120))
-    finally:
-        engine.kill_group(process)
+    with serving(tmp_path_factory.mktemp("serve") / "log") as server:
+        yield server
 
 
 PROMPTS = [text for text in texts(None) if "\x00" not in text][: 6 * NUM_CLIENTS : 6]

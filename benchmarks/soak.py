@@ -1,0 +1,443 @@
+"""A soak of `vllm serve` with our method: thousands of requests of all kinds at once, good ones and malicious ones.
+
+    python benchmarks/soak.py --texts DATA --out soak.json [--target DIR] [--draft DIR] [--requests 10000] [--clients 64]
+
+DATA is what `TOKENTIMING_DATA` names elsewhere. Greedy outputs are compared with those of plain decoding, which a server
+without a draft wrote before. The server has too few blocks for its requests, and so has the draft, and prompts come in
+chunks. Exits with 1 if a request was lost, answered wrongly or with a status 5xx, if the server died, the draft failed,
+or blocks of the draft did not come back.
+
+`--plain` sends the same to a server without a draft, `--only NUMBER ...` sends these requests alone: with both, it shows
+whether a fault is vLLM's own.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+import workloads
+from pass_times import ENVIRONMENT
+from prometheus_client.parser import text_string_to_metric_families
+from provenance import provenance
+from serving import ROOT, START_SECONDS, free_port, vllm
+from soak_requests import BASE, FINISH, PATHS, REFUSE, Choice, NearTie, Reference, Request, Requests, Wrong
+from tokenizers import Tokenizer
+
+MODEL = "target"
+MAX_LEN, BLOCK = 512, 32
+REFERENCE_TOKENS = 48
+SHORT, LONG = 30, 250  # Tokens of the greedy requests' prompts.
+STOP_SECONDS, REST_SECONDS = 30, 60
+FLAT = 0.03  # Growth of the memory from the middle to the end that may be chance.
+EXAMPLES = 5  # Of everything that goes wrong, in the report.
+# What shall not happen.
+FAILURES = ("wrong", "lost", "5xx", "refused unexpectedly", "finished unexpectedly")
+STAGES = (0.2, 0.4, 0.6, 0.8, 1.0)
+WATCHED = (
+    "vllm:tokentiming_",
+    "vllm:spec_decode_",
+    "vllm:num_preemptions",
+    "vllm:prompt_tokens",
+    "vllm:generation_tokens",
+)
+RUNNING = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+
+
+def speculation(draft: Path, blocks: int) -> dict[str, Any]:
+    """Always drafts; the draft has room for a part of the requests, and for most of their length."""
+    config = json.loads((draft / "config.json").read_text())
+    heads = config["num_attention_heads"]
+    width = config.get("num_key_value_heads", heads) * (config.get("head_dim") or config["hidden_size"] // heads)
+    return {
+        "method": "tokentiming", "model": str(draft), "num_speculative_tokens": 5, "adaptive_length": False,
+        "max_model_len": MAX_LEN - 2 * BLOCK,
+        # Keys and values, in float32, and vLLM's empty block.
+        "kv_memory_gib": (blocks + 1) * 2 * 4 * config["num_hidden_layers"] * width * BLOCK / 2**30,
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def server(
+    options: argparse.Namespace, speculative: dict[str, Any] | None, log: Path
+) -> Iterator[tuple[psutil.Popen, str]]:
+    """A running server under pressure: its process and address."""
+    port = free_port()
+    command = vllm(
+        "serve", str(options.target), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL,
+        "--dtype", "float32", "--max-model-len", str(MAX_LEN), "--block-size", str(BLOCK), "--enforce-eager",
+        "--max-num-seqs", str(options.max_num_seqs), "--max-num-batched-tokens", str(options.max_num_batched_tokens),
+        "--num-gpu-blocks-override", str(options.target_blocks),
+    )  # fmt: skip
+    if speculative is not None:
+        command += ["--speculative-config", json.dumps(speculative)]
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    with log.open("w") as file:
+        process = psutil.Popen(
+            command,
+            env={**environment, **os.environ},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS
+            while fetch(f"{url}/health") is None:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise SystemExit(f"The server did not start:\n{log.read_text(errors='replace')[-4000:]}")
+                time.sleep(0.5)
+            yield process, url
+        finally:
+            process.terminate()
+            with contextlib.suppress(psutil.TimeoutExpired):
+                process.wait(STOP_SECONDS)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def fetch(url: str) -> str | None:
+    """A page, or `None` if there is no answer."""
+    try:
+        with urllib.request.urlopen(url, timeout=30) as page:
+            return str(page.read().decode())
+    except OSError:
+        return None
+
+
+def metrics(url: str) -> dict[str, float]:
+    """The numbers that matter here, by name and those labels that are not the same for all."""
+    found = {}
+    for family in text_string_to_metric_families(fetch(f"{url}/metrics") or ""):
+        for sample in family.samples:
+            if sample.name.startswith(WATCHED) and not sample.name.endswith("_created"):
+                labels = [value for name, value in sample.labels.items() if name not in ("model_name", "engine")]
+                found[" ".join([sample.name.removeprefix("vllm:"), *labels])] = sample.value
+    return found
+
+
+class ServerError(Exception):
+    """An error in the middle of a stream; its status, and what it says."""
+
+
+async def send(session: aiohttp.ClientSession, url: str, request: Request, choices: dict[int, Choice]) -> bool:
+    """Send a request and read its answer.
+
+    Args:
+        session: Of the clients.
+        url: Of the server.
+        request: What to send.
+        choices: Filled with the answer, by index; with a part of it when this raises.
+
+    Returns:
+        Whether the answer was read to its end.
+
+    Raises:
+        ServerError: It was an error.
+    """
+
+    def take(answer: dict[str, Any]) -> None:
+        if "error" in answer:
+            raise ServerError(int(answer["error"].get("code") or 500), json.dumps(answer["error"]))
+        for part in answer["choices"]:
+            choice = choices.setdefault(part["index"], Choice())
+            message = part.get("message") or part.get("delta") or {}
+            choice.text += part.get("text") or message.get("content") or ""
+            choice.ids += part.get("token_ids") or []
+            choice.reason = part.get("finish_reason") or choice.reason
+            choice.logprobs = part.get("logprobs")
+
+    headers = {"Content-Type": "application/json"}
+    async with session.post(f"{url}/v1/{request.path}", data=request.data(), headers=headers) as response:
+        if response.status != 200:
+            raise ServerError(response.status, await response.text())
+        if not request.streams:
+            take(await response.json())
+            return True
+        pieces = 0
+        async for line in response.content:
+            if line.startswith(b"data: {"):
+                take(json.loads(line.removeprefix(b"data: ")))
+                pieces += 1
+                if pieces == request.hang_up:
+                    return False
+    return True
+
+
+async def outcome(session: aiohttp.ClientSession, url: str, request: Request, seconds: float) -> tuple[str, str]:
+    """What became of a request, and details if that is not as it should be."""
+    choices: dict[int, Choice] = {}
+    limit = seconds if request.streams or request.hang_up is None else request.hang_up
+    whole = False
+    try:
+        async with asyncio.timeout(limit):
+            whole = await send(session, url, request, choices)
+        answer = [choices[index] for index in sorted(choices)]
+        if whole:
+            request.judge(answer)
+        else:
+            request.compare(answer, False)
+    except ServerError as error:
+        status, text = error.args
+        if status >= 500:
+            return "5xx", f"{status} {text[:500]}"
+        return ("refused unexpectedly", f"{status} {text[:500]}") if request.expect == FINISH else ("refused", "")
+    except NearTie as tie:
+        return "near tie", str(tie)
+    except Wrong as wrong:
+        return "wrong", str(wrong)
+    except TimeoutError:
+        return ("lost", f"no answer in {seconds:g} s") if limit == seconds else ("hung up", "")
+    except (aiohttp.ClientError, ConnectionError) as error:
+        return "lost", repr(error)
+    if request.expect == REFUSE:
+        return "finished unexpectedly", f"{len(answer[0].ids)} tokens, {answer[0].reason}"
+    return "finished" if whole else "hung up", ""
+
+
+async def together(clients: int, jobs: Iterable[Any], work: Callable[[aiohttp.ClientSession, Any], Any]) -> None:
+    """Work on jobs, `clients` of them at a time."""
+    waiting = iter(jobs)
+    # A new connection for each: idle ones are closed by the server at any time, and that is no lost request.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session:
+
+        async def client() -> None:
+            for job in waiting:
+                await work(session, job)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(clients):
+                group.create_task(client())
+
+
+def write_references(url: str, texts: list[str], tokenizer: Tokenizer, options: argparse.Namespace) -> list[Reference]:
+    """Have a server without a draft write the expected outputs of greedy requests."""
+    references = []
+
+    async def write(session: aiohttp.ClientSession, job: tuple[int, str]) -> None:
+        index, text = job
+        encoded = tokenizer.encode(text)
+        length = (SHORT, LONG)[index % 2]
+        text = text[: encoded.offsets[length][0]] if len(encoded) > length else text
+        chat = index % 6 == 0
+        body = {**BASE, "model": MODEL, "temperature": 0, "max_tokens": REFERENCE_TOKENS, "ignore_eos": True}
+        given = (
+            {"messages": [{"role": "user", "content": text}], "logprobs": True, "top_logprobs": 2}
+            if chat
+            else {"prompt": text, "logprobs": 2}
+        )
+        choices: dict[int, Choice] = {}
+        await send(session, url, Request("", body | given, path=PATHS[chat]), choices)
+        ids, found = choices[0].ids, choices[0].logprobs
+        best = (
+            [[top["logprob"] for top in place["top_logprobs"]] for place in found["content"]]
+            if chat
+            else [list(place.values()) for place in found["top_logprobs"]]
+        )
+        margins = [max(place) - min(place) for place in best]
+        references.append(Reference(text, tokenizer.encode(text).ids, chat, ids, margins))
+
+    pairs = [text for text in texts for _ in (SHORT, LONG)]
+    asyncio.run(together(32, enumerate(pairs), write))
+    return sorted(references, key=lambda reference: (reference.text, reference.chat))
+
+
+class Soak:
+    """Sends requests, counts what becomes of them, and watches the server."""
+
+    def __init__(self, process: psutil.Popen, url: str, requests: Requests, options: argparse.Namespace) -> None:
+        """Count nothing yet."""
+        self._process, self._url, self._requests, self._options = process, url, requests, options
+        self._numbers = options.only or range(options.requests)
+        self._counts: dict[str, Counter[str]] = defaultdict(Counter)
+        self._examples: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self._done = 0
+        self._slowest = 0.0
+        self._memory: list[tuple[int, dict[str, float]]] = []  # Requests done, MiB of each process.
+
+    async def run(self) -> dict[str, Any]:
+        """Send everything; what was found."""
+        before, began = metrics(self._url), time.monotonic()
+        watcher = asyncio.create_task(self._watch())
+        await together(self._options.clients, self._numbers, self._client)
+        seconds = time.monotonic() - began
+        watcher.cancel()
+        self._look()
+        at_rest = await self._wait_for_rest()
+        last = Request("last", {**BASE, "model": MODEL, "prompt": [5], "max_tokens": 2, "ignore_eos": True})
+        async with aiohttp.ClientSession() as session:
+            last_result = (await outcome(session, self._url, last, self._options.limit))[0]
+        after = metrics(self._url)
+        found = {
+            "seconds": seconds,
+            "slowest_seconds": self._slowest,
+            "kinds": {kind: dict(counts) for kind, counts in sorted(self._counts.items())},
+            "total": dict(sum(self._counts.values(), Counter())),
+            "examples": self._examples,
+            "metrics": {name: {"before": before.get(name, 0), "after": value} for name, value in after.items()},
+            "memory": self._judge_memory(),
+        }
+        faults = sum(value for name, value in after.items() if name.startswith("tokentiming_faults_total"))
+        failures = [f"{found['total'][name]} {name}" for name in FAILURES if found["total"].get(name)]
+        failures += [f"{self._done} of {len(self._numbers)} requests sent"] * (self._done != len(self._numbers))
+        failures += ["the server died"] * (self._process.poll() is not None)
+        failures += ["requests without a client go on"] * (not at_rest)
+        failures += [f"the last request: {last_result}"] * (last_result != "finished")
+        failures += [f"{faults:g} faults of the draft"] * (faults > 0)
+        # The last request has ended, but the worker hears of that with the next step.
+        held = after.get("tokentiming_draft_blocks_held", 0)
+        failures += [f"{held:g} blocks of the draft are still held"] * (held > 1)
+        return {**found, "failures": failures}
+
+    async def _client(self, session: aiohttp.ClientSession, number: int) -> None:
+        if self._process.poll() is not None:
+            return
+        request, began = self._requests.make(number), time.monotonic()
+        result, detail = await outcome(session, self._url, request, self._options.limit)
+        seconds = time.monotonic() - began
+        self._slowest = max(self._slowest, seconds)
+        self._counts[request.kind][result] += 1
+        self._done += 1
+        if self._options.only or (detail and len(self._examples[result]) < EXAMPLES):
+            sent = request.data()[:1000].decode(errors="replace")
+            example = {"number": number, "kind": request.kind, "seconds": seconds, "detail": detail, "sent": sent}
+            self._examples[result].append(example)
+
+    async def _wait_for_rest(self) -> bool:
+        """Whether nothing runs or waits, some time after the last client has gone."""
+        for _ in range(REST_SECONDS):
+            page = fetch(f"{self._url}/metrics") or ""
+            samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
+            if not any(sample.value for sample in samples if sample.name in RUNNING):
+                return True
+            await asyncio.sleep(1)
+        return False
+
+    async def _watch(self) -> None:
+        while True:
+            self._look()
+            await asyncio.sleep(self._options.every)
+
+    def _look(self) -> None:
+        sizes: dict[str, float] = defaultdict(float)
+        with contextlib.suppress(psutil.Error):
+            for process in [self._process, *self._process.children(recursive=True)]:
+                with contextlib.suppress(psutil.Error):
+                    # vLLM names its own processes; the others are the front end, and Python's helpers.
+                    name = (process.cmdline() or ["?"])[0]
+                    sizes[name if name.startswith("VLLM") else "front end"] += process.memory_info().rss / 2**20
+            self._memory.append((self._done, dict(sizes)))
+
+    def _judge_memory(self) -> dict[str, Any]:
+        """Memory at each stage, and whether it stays after the middle: the median of the tenth around, or before."""
+        totals = [(done / len(self._numbers), sum(sizes.values())) for done, sizes in self._memory if sizes]
+
+        def around(stage: float) -> float:
+            near = [size for share, size in totals if abs(share - stage) <= 0.05]
+            return statistics.median(near) if near else min(totals, key=lambda pair: abs(pair[0] - stage))[1]
+
+        stages = []
+        for stage in STAGES:
+            done, sizes = min(self._memory, key=lambda pair: abs(pair[0] / len(self._numbers) - stage))
+            stages.append({"requests": done, "mib": sum(sizes.values()), "of": sizes})
+        growth = around(1.0) / around(0.5) - 1
+        return {"stages": stages, "growth_after_the_middle": growth, "flat": growth < FLAT}
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """A short report."""
+    results = sorted({result for counts in found["kinds"].values() for result in counts})
+    rows = [*found["kinds"].items(), ("all", found["total"])]
+    # Malicious requests are many kinds; what became of them all is enough here.
+    malicious = sum((Counter(counts) for kind, counts in rows if kind.startswith("malicious")), Counter())
+    rows = [row for row in rows[:-1] if not row[0].startswith("malicious")] + [("malicious", malicious), rows[-1]]
+    lines = [f"| requests | {' | '.join(results)} |", "|---" * (len(results) + 1) + "|"]
+    lines += [f"| {kind} | {' | '.join(str(counts.get(result, 0)) for result in results)} |" for kind, counts in rows]
+    rate = sum(found["total"].values()) / found["seconds"]
+    lines += [
+        "",
+        f"{found['seconds']:.0f} s, {rate:.1f} requests/s; the slowest took {found['slowest_seconds']:.0f} s.",
+    ]
+    lines += ["", "| counted | |", "|---|---|"]
+    lines += [
+        # Gauges are what they are at the end.
+        f"| {name} | {row['after'] - ('_total' in name) * row['before']:.6g} |"
+        for name, row in found["metrics"].items()
+    ]
+    lines += ["", "| memory at | MiB |  |", "|---|---|---|"]
+    for stage in found["memory"]["stages"]:
+        of = ", ".join(f"{name} {size:.0f}" for name, size in stage["of"].items())
+        lines.append(f"| {stage['requests']} requests | {stage['mib']:.0f} | {of} |")
+    flat = "flat" if found["memory"]["flat"] else "NOT flat"
+    lines += ["", f"Memory after the middle: {found['memory']['growth_after_the_middle']:+.1%}, {flat}."]
+    lines += ["", "Failures: " + ("; ".join(found["failures"]) or "none") + "."]
+    for result in FAILURES:
+        lines += [f"- {result}: {json.dumps(row, ensure_ascii=False)}" for row in found["examples"].get(result, [])]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Soak a server."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", type=Path, default=ROOT / "examples/models/target")
+    parser.add_argument("--draft", type=Path, default=ROOT / "examples/models/draft")
+    parser.add_argument("--texts", type=Path, required=True)
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--prompts", type=int, default=300, help="of greedy requests, each in two lengths")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-num-seqs", type=int, default=16)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=128, help="with enough for all, seeds are sent")
+    parser.add_argument("--target-blocks", type=int, default=60, help=f"of {BLOCK} tokens")
+    parser.add_argument("--draft-blocks", type=int, default=45)
+    parser.add_argument("--limit", type=float, default=300, help="seconds, after which a request is lost")
+    parser.add_argument("--every", type=float, default=2, help="seconds between looks at the memory")
+    parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--only", type=int, nargs="+", metavar="NUMBER")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    os.environ["TOKENTIMING_DATA"] = str(options.texts)
+    loaded = [workloads.load("heldout", options.prompts * 2 // 3, 3000)]
+    loaded.append(workloads.load("multilingual", options.prompts - len(loaded[0]["prompts"]), 3000))
+    texts = [text for part in loaded for text in part["prompts"]]
+    tokenizer = Tokenizer.from_file(str(options.target / "tokenizer.json"))
+    speculative = None if options.plain else speculation(options.draft, options.draft_blocks)
+    with tempfile.TemporaryDirectory() as folder:
+        with server(options, None, Path(folder) / "plain.log") as (_, url):
+            references = write_references(url, texts, tokenizer, options)
+        print(f"{len(references)} expected outputs", flush=True)
+        seeds = options.max_num_batched_tokens >= options.max_num_seqs * MAX_LEN
+        requests = Requests(options.seed, MODEL, tokenizer, texts, references, MAX_LEN, speculative is not None, seeds)
+        log = Path(folder) / "server.log"
+        with server(options, speculative, log) as (process, url):
+            found = asyncio.run(Soak(process, url, requests, options).run())
+        lines = log.read_text(errors="replace").splitlines()
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    found["log"] = {
+        "errors": [line for line in lines if "ERROR" in line][:100],
+        "end": lines[-60:] if found["failures"] else [],
+    }
+    hashes = {name: value for part in loaded for name, value in part["sha256"].items() if name != "prompts"}
+    about = {"provenance": provenance(), "settings": settings, "speculation": speculative, "datasets": hashes}
+    options.out.write_text(json.dumps(about | found, indent=1) + "\n")
+    print(markdown(found))
+    return bool(found["failures"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

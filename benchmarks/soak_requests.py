@@ -1,0 +1,447 @@
+"""What the clients of `soak.py` send: each request is made from the seed and its number, and knows what may come back."""
+
+import json
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+NEAR_TIE = 1e-3  # Nats; within this, rounding in a batch of another shape decides which token is the likeliest.
+FINISH, REFUSE, ANY = "finish", "refuse", "any"
+PATHS = ("completions", "chat/completions")
+BASE = {"return_token_ids": True}
+REGEX = r"[a-f]{4,20}(-[0-9]{2,6}){1,4}"
+CHOICES = ["a red house", "a red horse", "маяк", "灯台", "no"]
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 20}, "ages": {"type": "array", "items": {"type": "integer"}}},
+    "required": ["name", "ages"],
+}  # fmt: skip
+
+
+class Wrong(Exception):
+    """An answer is not what it has to be."""
+
+
+class NearTie(Exception):
+    """A greedy output leaves the expected one where two tokens are equally likely, but for rounding."""
+
+
+@dataclass
+class Choice:
+    """One of the outputs in an answer; when a client hangs up, as far as it came."""
+
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    reason: str | None = None
+    logprobs: dict[str, Any] | None = None
+
+
+Check = Callable[[list[Choice]], None]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A prompt of the greedy requests, and what plain decoding makes of it.
+
+    Attributes:
+        text: The prompt, or what the user says in a chat.
+        prompt_ids: The prompt.
+        chat: Whether it is a chat.
+        ids: The output.
+        margins: How far the second best token was behind, at each place.
+    """
+
+    text: str
+    prompt_ids: list[int]
+    chat: bool
+    ids: list[int] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
+
+    def compare(self, choices: list[Choice], expected: int | None) -> None:
+        """Compare an output.
+
+        Args:
+            choices: The only one.
+            expected: Its length; `None` for one that was not read to its end.
+
+        Raises:
+            Wrong: It is another one.
+            NearTie: It is, for a reason.
+        """
+        ids = choices[0].ids if choices else []
+        for place, (found, wanted) in enumerate(zip(ids, self.ids, strict=False)):
+            if found != wanted:
+                error = NearTie if self.margins[place] < NEAR_TIE else Wrong
+                raise error(f"token {place} is {found} and not {wanted}, margin {self.margins[place]:.2g}: {ids}")
+        if expected is not None and len(ids) != expected:
+            raise Wrong(f"{len(ids)} tokens and not {expected}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request.
+
+    Attributes:
+        kind: What it is counted as.
+        body: JSON, or the bytes to send.
+        expect: `FINISH`, `REFUSE` (an answer 4xx), or `ANY` of them.
+        path: Below `/v1/`.
+        check: Raises `Wrong` for an answer that is.
+        hang_up: The client does so after so many pieces of a stream, or so many seconds without one.
+        compare: As `Reference.compare`; is called for requests that were not read to their end, too.
+    """
+
+    kind: str
+    body: dict[str, Any] | bytes
+    expect: str = FINISH
+    path: str = PATHS[False]
+    check: Check = lambda _: None
+    hang_up: float | None = None
+    compare: Callable[[list[Choice], bool], None] = lambda _, __: None
+
+    @property
+    def streams(self) -> bool:
+        """Whether the answer comes in pieces."""
+        return isinstance(self.body, dict) and self.body.get("stream") is True
+
+    def data(self) -> bytes:
+        """What is sent."""
+        return self.body if isinstance(self.body, bytes) else json.dumps(self.body).encode()
+
+    def judge(self, choices: list[Choice]) -> None:
+        """Check an answer that came to its end.
+
+        Raises:
+            Wrong: It is not what was asked for.
+            NearTie: See there.
+        """
+        body = self.body
+        if isinstance(body, dict) and self.expect == FINISH:
+            if len(choices) != body.get("n", 1):
+                raise Wrong(f"{len(choices)} outputs")
+            for choice in choices:
+                if choice.reason not in ("stop", "length") or not 0 < len(choice.ids) <= body["max_tokens"]:
+                    raise Wrong(f"{len(choice.ids)} tokens, ended by {choice.reason}")
+                if choice.reason == "length" and len(choice.ids) != body["max_tokens"]:
+                    raise Wrong(f"{len(choice.ids)} tokens of {body['max_tokens']}")
+        self.check(choices)
+        self.compare(choices, True)
+
+
+class Requests:
+    """Makes requests."""
+
+    def __init__(
+        self, seed: int, model: str, tokenizer: Any, texts: list[str], references: list[Reference], max_len: int,
+        speculative: bool, seeds: bool,
+    ) -> None:  # fmt: skip
+        """Take what requests are made of.
+
+        Args:
+            seed: Of everything.
+            model: Its name on the server.
+            tokenizer: The target's, of the library `tokenizers`.
+            texts: Parts of them are prompts.
+            references: Greedy requests are these.
+            max_len: Tokens that a prompt and its output may have.
+            speculative: Whether the server refuses what vLLM does not do together with speculative decoding.
+            seeds: Whether requests may have some. On CPUs, one whose prompt comes in chunks kills vLLM 0.32 with any
+                method or none (`_bookkeeping_sync` in `gpu_model_runner.py` takes back the numbers that it drew for a
+                chunk, and the random generators of CPUs cannot).
+        """
+        self._seeds = seeds
+        self._seed, self._model, self._tokenizer, self._texts = seed, model, tokenizer, texts
+        self._references, self._max_len, self._speculative = references, max_len, speculative
+        self._size = tokenizer.get_vocab_size()
+        self._kinds: dict[str, tuple[float, Callable[[random.Random], Request]]] = {
+            "greedy": (32, self._greedy),
+            "sampled": (20, self._sampled),
+            "stop": (8, self._stop),
+            "minimum": (4, self._minimum),
+            "words": (6, self._words),
+            "structured": (9, self._structured),
+            "chat": (6, self._chat),
+            "full": (4, self._full),
+            "too long": (3, self._too_long),
+            "unsupported": (3, self._unsupported),
+            "malicious": (5, self._malicious),
+        }
+        self._weights = [weight for weight, _ in self._kinds.values()]
+
+    def make(self, number: int) -> Request:
+        """A request, always the same one for the same number."""
+        rng = random.Random(f"{self._seed}/{number}")
+        name = rng.choices(list(self._kinds), self._weights)[0]
+        request = self._kinds[name][1](rng)
+        if isinstance(request.body, dict):
+            request.body.setdefault("model", self._model)
+            if request.expect == FINISH and rng.random() < 0.1:
+                hang_up = rng.randint(1, 8) if request.streams else rng.uniform(0, 4)
+                request = replace(request, hang_up=hang_up)
+        return request
+
+    def _text(self, rng: random.Random, most: int) -> str:
+        text = rng.choice(self._texts)
+        start = rng.randrange(len(text))
+        text = text[start : start + rng.randint(1, most)]
+        while len(self._tokenizer.encode(text).ids) > most:
+            text = text[: len(text) // 2]
+        return text or "?"
+
+    def _ids(self, rng: random.Random, length: int) -> list[int]:
+        """No tokenizer would produce them, and some are special."""
+        return [rng.randrange(self._size) for _ in range(length)]
+
+    def _body(self, rng: random.Random, **given: Any) -> dict[str, Any]:
+        """A request whose output depends on chance; what is given goes before."""
+        body = {**BASE, "max_tokens": rng.randint(1, 64), "temperature": rng.choice([0, 0.3, 0.7, 1, 1, 1.5, 2])}
+        body["prompt"] = rng.choice([
+            lambda: self._text(rng, 40),
+            lambda: self._text(rng, self._max_len - 80),
+            lambda: self._tokenizer.encode(self._text(rng, 200)).ids,
+            lambda: self._ids(rng, rng.choice([1, 1, rng.randint(2, 60), rng.randint(60, self._max_len - 80)])),
+        ])()  # fmt: skip
+        some = {
+            "top_p": rng.uniform(0.05, 1),
+            "top_k": rng.choice([-1, 1, 2, 20, self._size, self._size * 2]),
+            "presence_penalty": rng.uniform(-2, 2),
+            "frequency_penalty": rng.uniform(-2, 2),
+            "repetition_penalty": rng.uniform(0.5, 2),
+            "seed": rng.choice([0, -1, 2**63 - 1, -(2**63), rng.randrange(1000)]),
+            "logprobs": rng.randint(0, 5),
+            "ignore_eos": True,
+            "stream": True,
+            "cache_salt": rng.choice(["a", "b"]),
+            "prompt_logprobs": 1,
+        }
+        body |= {name: value for name, value in some.items() if rng.random() < 0.2}
+        if not self._seeds:
+            body.pop("seed", None)
+        if body["temperature"] and rng.random() < 0.1:
+            body["n"] = rng.randint(2, 4)
+        if body.get("stream"):
+            body.pop("prompt_logprobs", None)  # vLLM refuses them together.
+        return body | given
+
+    def _greedy(self, rng: random.Random) -> Request:
+        reference = rng.choice(self._references)
+        length = rng.randint(1, len(reference.ids))
+        body = {**BASE, "temperature": 0, "max_tokens": length, "ignore_eos": True, "stream": rng.random() < 0.4}
+        if reference.chat:
+            body["messages"] = [{"role": "user", "content": reference.text}]
+        else:
+            body["prompt"] = rng.choice([reference.text, reference.prompt_ids])
+            if rng.random() < 0.1:
+                body["logprobs"] = rng.randint(0, 5)
+        return Request(
+            "greedy chat" if reference.chat else "greedy",
+            body,
+            path=PATHS[reference.chat],
+            compare=lambda choices, whole: reference.compare(choices, length if whole else None),
+        )
+
+    def _sampled(self, rng: random.Random) -> Request:
+        return Request("sampled", self._body(rng))
+
+    def _stop(self, rng: random.Random) -> Request:
+        if rng.random() < 0.5:
+            stop = rng.sample(["\n", " ", ".", "the", "о", "的", "e", "self.", "\n\n"], rng.randint(1, 4))
+            include = rng.random() < 0.3
+
+            def check(choices: list[Choice]) -> None:
+                for choice in choices:
+                    if not include and any(string in choice.text for string in stop):
+                        raise Wrong(f"{choice.text!r} has one of {stop}")
+
+            return Request("stop string", self._body(rng, stop=stop, include_stop_str_in_output=include), check=check)
+        stop_ids = rng.sample(range(self._size), rng.choice([1, 100, self._size // 2]))
+
+        def check_ids(choices: list[Choice]) -> None:
+            for choice in choices:
+                if set(choice.ids[:-1]) & set(stop_ids):
+                    raise Wrong(f"{choice.ids} goes on after a stop id")
+
+        return Request("stop id", self._body(rng, stop_token_ids=stop_ids), check=check_ids)
+
+    def _minimum(self, rng: random.Random) -> Request:
+        length = rng.randint(1, 40)
+
+        def check(choices: list[Choice]) -> None:
+            if any(len(choice.ids) < length for choice in choices):
+                raise Wrong(f"fewer than {length} tokens")
+
+        stop = rng.choice([{}, {"stop_token_ids": rng.sample(range(self._size), 500)}])
+        return Request("min_tokens", self._body(rng, min_tokens=length, max_tokens=40, **stop), check=check)
+
+    def _words(self, rng: random.Random) -> Request:
+        if rng.random() < 0.5:
+            allowed = rng.sample(range(self._size), rng.choice([1, 3, 100, self._size // 2]))
+
+            def check(choices: list[Choice]) -> None:
+                if any(set(choice.ids) - set(allowed) for choice in choices):
+                    raise Wrong("tokens that are not allowed")
+
+            body = self._body(rng, allowed_token_ids=allowed)
+            return Request("allowed ids", body, check=check)
+        words = rng.sample(["the", "and", "a", "he", "was", "self", "и", "в", "的", ".", ","], rng.randint(1, 8))
+        bad = [
+            self._tokenizer.encode(prefix + word, add_special_tokens=False).ids
+            for word in words
+            for prefix in ("", " ")
+        ]
+
+        def check_words(choices: list[Choice]) -> None:
+            for choice in choices:
+                for ids in bad:
+                    if any(choice.ids[i : i + len(ids)] == ids for i in range(len(choice.ids))):
+                        raise Wrong(f"{choice.ids} has the bad word {ids}")
+
+        return Request("bad words", self._body(rng, bad_words=words), check=check_words)
+
+    def _structured(self, rng: random.Random) -> Request:
+        def is_json(text: str) -> bool:
+            try:
+                return isinstance(json.loads(text), dict)
+            except ValueError:
+                return False
+
+        name, asked, fits = rng.choice([
+            ("regex", {"structured_outputs": {"regex": REGEX}}, lambda text: re.fullmatch(REGEX, text)),
+            ("choice", {"structured_outputs": {"choice": CHOICES}}, CHOICES.__contains__),
+            ("JSON schema", {"structured_outputs": {"json": SCHEMA}}, is_json),
+            ("JSON object", {"response_format": {"type": "json_object"}}, is_json),
+        ])  # fmt: skip
+
+        def check(choices: list[Choice]) -> None:
+            for choice in choices:
+                if choice.reason == "stop" and not fits(choice.text):
+                    raise Wrong(f"{choice.text!r} does not fit")
+
+        body = self._body(rng, max_tokens=rng.randint(10, 80), **asked)
+        # A grammar ends an output by its end token.
+        body.pop("ignore_eos", None)
+        return Request(f"structured, {name}", body, check=check)
+
+    def _chat(self, rng: random.Random) -> Request:
+        body = self._body(rng)
+        del body["prompt"]
+        if "logprobs" in body:
+            body |= {"logprobs": True, "top_logprobs": body["logprobs"]}
+        body["messages"] = [
+            {"role": role, "content": self._text(rng, 100)}
+            for role in rng.choice([["user"], ["system", "user"], ["user", "assistant", "user"]])
+        ]
+        return Request("chat", body, path=PATHS[True])
+
+    def _full(self, rng: random.Random) -> Request:
+        """A prompt and an output that reach the greatest length, or nearly so."""
+        room = rng.choice([1, 2, 7, 30])
+        length = self._max_len - room
+        return Request("full length", self._body(rng, prompt=self._ids(rng, length), max_tokens=rng.randint(1, room)))
+
+    def _too_long(self, rng: random.Random) -> Request:
+        length = rng.choice([self._max_len - 10, self._max_len, self._max_len + 1, 3 * self._max_len])
+        body = self._body(rng, prompt=self._ids(rng, length), max_tokens=11)
+        return Request("too long", body, REFUSE)
+
+    def _unsupported(self, rng: random.Random) -> Request:
+        asked = rng.choice([{"logit_bias": {"17": 5.0}}, {"min_p": 0.1}])
+        return Request("unsupported", self._body(rng, **asked), REFUSE if self._speculative else FINISH)
+
+    def _malicious(self, rng: random.Random) -> Request:
+        name, made = rng.choice(list(MALICIOUS.items()))
+        body = made(self._body(rng)) if callable(made) else made
+        if isinstance(body, bytes):
+            body = body.replace(b"MODEL", json.dumps(self._model).encode())
+        return Request(f"malicious: {name}", body, ANY)
+
+
+def _nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+    return schema
+
+
+def _with(**given: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda body: body | given
+
+
+MALICIOUS: dict[str, bytes | Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "huge text": lambda body: body | {"prompt": "a b " * 500_000},
+    "huge word": lambda body: body | {"prompt": "a" * 1_000_000},
+    "huge ids": lambda body: body | {"prompt": [5] * 300_000},
+    "many prompts": lambda body: body | {"prompt": ["a"] * 64, "max_tokens": 2},
+    "no prompt": _with(prompt=""),
+    "no ids": _with(prompt=[]),
+    "null": _with(prompt=None),
+    "nulls": _with(prompt="\x00" * 50),
+    "surrogates": _with(prompt="a\ud800b"),
+    "surrogate stop": _with(stop=["\udfff"]),
+    "surrogate bad word": _with(bad_words=["\udfff"]),
+    "surrogate salt": _with(cache_salt="\ud800"),
+    "surrogate choice": _with(structured_outputs={"choice": ["\ud800", "a"]}),
+    "no UTF-8": b'{"model": MODEL, "prompt": "\xff\xfe\x80", "max_tokens": 4}',
+    "no UTF-8 in stop": b'{"model": MODEL, "prompt": "a", "max_tokens": 4, "stop": ["\xc3\x28"]}',
+    "no JSON": b"{" * 1000,
+    "deep JSON": b'{"model": MODEL, "prompt": ' + b"[" * 100_000,
+    "many stops": lambda body: body | {"stop": [f"s{i}" for i in range(5000)]},
+    "long stop": _with(stop=["never " * 10_000]),
+    "empty stop": _with(stop=[""]),
+    "many bad words": lambda body: body | {"bad_words": [f"w{i}" for i in range(5000)]},
+    "empty bad word": _with(bad_words=["", " "]),
+    "negative length": _with(max_tokens=-5),
+    "no length": _with(max_tokens=0),
+    "huge length": _with(max_tokens=2**62),
+    "minimum over maximum": _with(min_tokens=50, max_tokens=5),
+    "negative minimum": _with(min_tokens=-1),
+    "negative n": _with(n=-1),
+    "huge n": _with(n=1_000_000),
+    "large n": _with(n=100, max_tokens=2, temperature=1),
+    "negative temperature": _with(temperature=-1),
+    "NaN temperature": _with(temperature=float("nan")),
+    "infinite temperature": _with(temperature=float("inf")),
+    "tiny temperature": _with(temperature=1e-300),
+    "NaN top_p": _with(top_p=float("nan")),
+    "tiny top_p": _with(top_p=1e-300, temperature=1),
+    "negative top_k": _with(top_k=-7),
+    "huge top_k": _with(top_k=2**40, temperature=1),
+    "huger top_k": _with(top_k=2**70, temperature=1),
+    "NaN penalty": _with(presence_penalty=float("nan")),
+    "tiny penalty": _with(repetition_penalty=1e-300),
+    "huge penalty": _with(repetition_penalty=1e300),
+    "huge seed": _with(seed=2**70),
+    "many logprobs": _with(logprobs=100_000),
+    "negative logprobs": _with(logprobs=-3),
+    "ids out of range": _with(prompt=[5, 10**6]),
+    "huge ids out of range": _with(prompt=[5, 2**70]),
+    "negative ids": _with(prompt=[5, -1]),
+    "stop ids out of range": _with(stop_token_ids=[10**6]),
+    "negative stop ids": _with(stop_token_ids=[-1]),
+    "allowed ids out of range": _with(allowed_token_ids=[3, 10**6]),
+    "no allowed ids": _with(allowed_token_ids=[]),
+    "negative allowed ids": _with(allowed_token_ids=[-3]),
+    "nothing allowed": _with(allowed_token_ids=[3], stop_token_ids=[3], min_tokens=1, max_tokens=4),
+    "deep schema": lambda body: body | {"structured_outputs": {"json": _nested(60)}},
+    "deeper schema": lambda body: body | {"structured_outputs": {"json": _nested(400)}},
+    "schema of nonsense": _with(structured_outputs={"json": {"type": "nonsense", "minimum": "x"}}),
+    "recursive schema": _with(structured_outputs={"json": {"$ref": "#"}}),
+    "broken regex": _with(structured_outputs={"regex": "(((["}),
+    "empty regex": _with(structured_outputs={"regex": ""}),
+    "huge regex": _with(structured_outputs={"regex": "(a{1,300}b{1,300}){1,30}"}),
+    "no choice": _with(structured_outputs={"choice": []}),
+    "broken grammar": _with(structured_outputs={"grammar": "root ::= "}),
+    "unlike structures": _with(structured_outputs={"regex": "a", "choice": ["a"]}),
+    "wrong types": _with(max_tokens="many", temperature=[1], stop={"a": 1}),
+    "another model": _with(model="no such model"),
+    "same request id": _with(request_id="the one"),
+    "priority": _with(priority=5),
+    "beams": _with(use_beam_search=True, n=2, max_tokens=5),
+    "echo": _with(echo=True, logprobs=1, max_tokens=4),
+    "embeddings": _with(prompt_embeds="AAAA", prompt=None),
+    "truncated": _with(truncate_prompt_tokens=3),
+    "cut too much": _with(truncate_prompt_tokens=10**9),
+    "no salt": _with(cache_salt=""),
+}
