@@ -187,6 +187,16 @@ def test_a_tokenizer_of_another_model_is_refused(front_end):
     )
 
 
+def test_a_tokenizer_that_fails_on_some_text_is_refused(front_end, tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    unigram = Tokenizer(models.Unigram([("a", -1.0), ("b", -2.0)], None, False))
+    PreTrainedTokenizerFast(tokenizer_object=unigram).save_pretrained(tmp_path / "tokenizer")
+    settings = engine.speculation(tokenizer=str(tmp_path / "tokenizer"))
+    _refused(front_end, settings, "cannot use the draft's tokenizer", "needs an unknown token")
+
+
 def test_an_encoder_is_refused_as_a_draft(front_end, tmp_path):
     from transformers import BertConfig
 

@@ -78,9 +78,16 @@ def make_encoder(tokenizer: Any, token_bytes: TokenBytes) -> Encoder:
 
     Returns:
         The encoder; its ``exact`` tells which.
+
+    Raises:
+        ValueError: The tokenizer fails on some text.
     """
     encoder = Encoder(tokenizer, token_bytes)
-    if all(token_bytes.decode(encoder.encode(probe)) == probe for probe in _PROBES):
+    try:
+        exact = all(token_bytes.decode(encoder.encode(probe)) == probe for probe in _PROBES)
+    except Exception as error:  # `tokenizers` raises no narrower one.
+        raise ValueError(f"it fails on text that it does not know ({error}); it needs an unknown token") from error
+    if exact:
         return encoder
     return LossyEncoder(tokenizer, token_bytes)
 

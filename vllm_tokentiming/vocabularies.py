@@ -62,9 +62,14 @@ def _vocabulary(model: ModelConfig, role: str) -> Vocabulary:
             f"no tokenizer.json; convert it to a fast tokenizer{hint}."
         )
     head_size = model.get_vocab_size()
-    vocabulary = Vocabulary.of(
-        backend, head_size, tokenizer.bos_token_id, tokenizer.eos_token_id, chat_template(tokenizer)
-    )
+    try:
+        vocabulary = Vocabulary.of(
+            backend, head_size, tokenizer.bos_token_id, tokenizer.eos_token_id, chat_template(tokenizer)
+        )
+    except ValueError as error:
+        raise SettingsError(
+            f"tokentiming cannot use the {role}'s tokenizer {model.tokenizer!r}: {error}{hint}."
+        ) from error
     if any(vocabulary.token_bytes.pieces[head_size:]):
         raise SettingsError(
             f"tokentiming: the {role}'s tokenizer {model.tokenizer!r} has {vocabulary.token_bytes.size} ids, its "
