@@ -46,8 +46,8 @@ def let_write(target: Path, prompts: list[str], length: int, seed: int) -> list[
     ]
 
 
-def main() -> None:
-    """Lets the target write, and the draft read."""
+def main(arguments: list[str] | None = None) -> list[float]:
+    """Lets the target write, and the draft read; returns the losses of its steps."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -65,17 +65,17 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="the draft's")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
 
     rng = random.Random(options.seed)
     torch.manual_seed(options.seed)
     if options.written and options.written.exists():
-        texts = options.written.read_text(encoding="utf-8").split("\x00")
+        texts = options.written.read_bytes().decode().split("\x00")
     else:
         prompts = beginnings(read_documents(options.text), options.prompts, rng)
         texts = let_write(options.target, prompts, options.continuation, options.seed)
         if options.written:
-            options.written.write_text("\x00".join(texts), encoding="utf-8")
+            options.written.write_bytes("\x00".join(texts).encode())
 
     tokenizer = AutoTokenizer.from_pretrained(options.draft)
     model = AutoModelForCausalLM.from_pretrained(options.draft, dtype=torch.float32).to(options.device)
@@ -92,9 +92,10 @@ def main() -> None:
     steps = max(1, int(options.passes * len(stream)) // (options.batch * options.length))
     print(f"{len(texts):,} texts, {len(stream):,} draft tokens, {steps} steps", flush=True)
     windows = batches(stream, bos, options.batch, options.length)
-    train(model, windows, steps, options.learning_rate, options.bf16)
+    losses = train(model, windows, steps, options.learning_rate, options.bf16)
     model.to(torch.bfloat16).save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
+    return losses
 
 
 if __name__ == "__main__":
