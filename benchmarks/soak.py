@@ -1,14 +1,13 @@
 """A soak of `vllm serve` with our method: thousands of requests of all kinds at once, good ones and malicious ones.
 
-    python benchmarks/soak.py --texts DATA --out soak.json [--target DIR] [--draft DIR] [--requests 10000] [--clients 64]
+    python benchmarks/soak.py --texts DATA --out soak.json [--target DIR --draft DIR --requests 10000 --clients 64]
 
-DATA is what `TOKENTIMING_DATA` names elsewhere. Greedy outputs are compared with those of plain decoding, which a server
-without a draft wrote before. The server has too few blocks for its requests, and so has the draft, and prompts come in
-chunks. Exits with 1 if a request was lost, answered wrongly or with a status 5xx, if the server died, the draft failed,
-or blocks of the draft did not come back.
+DATA is what `TOKENTIMING_DATA` names elsewhere. Greedy outputs are compared with those of a server without a draft. The
+server has too few blocks for its requests, so has the draft, and prompts come in chunks. Exits with 1 if a request was
+lost, answered wrongly or with a status 5xx, if the server died, the draft failed, or its blocks did not come back.
 
-`--plain` sends the same to a server without a draft, `--only NUMBER ...` sends these requests alone: with both, it shows
-whether a fault is vLLM's own.
+`--plain` sends the same to a server without a draft, `--only NUMBER ...` only these requests: both tell whether a fault
+is vLLM's own. With `--max-num-batched-tokens 8192` no prompt comes in chunks, and some requests have seeds.
 """
 
 import argparse
@@ -16,6 +15,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -35,30 +35,23 @@ from pass_times import ENVIRONMENT
 from prometheus_client.parser import text_string_to_metric_families
 from provenance import provenance
 from serving import ROOT, START_SECONDS, free_port, vllm
-from soak_requests import BASE, FINISH, PATHS, REFUSE, Choice, NearTie, Reference, Request, Requests, Wrong
+from soak_requests import BASE, FINISH, PATHS, REFUSE, Changed, Choice, NearTie, Reference, Request, Requests, Wrong
 from tokenizers import Tokenizer
 
-MODEL = "target"
-MAX_LEN, BLOCK = 512, 32
-REFERENCE_TOKENS = 48
-SHORT, LONG = 30, 250  # Tokens of the greedy requests' prompts.
-STOP_SECONDS, REST_SECONDS = 30, 60
-FLAT = 0.03  # Growth of the memory from the middle to the end that may be chance.
+MAX_LEN, BLOCK, SEQUENCES = 512, 32, 16
+TARGET_BLOCKS, DRAFT_BLOCKS = 40, 45  # A request of the greatest length needs 16.
+SHORT, LONG, WRITTEN = 30, 250, 48  # Tokens of the greedy requests' prompts, and of their outputs.
+STOP_SECONDS, REST_SECONDS, WATCH_SECONDS = 30, 60, 2
+FLAT = 0.02  # Growth of the memory from the middle to the end that may be chance.
+LOGGED = re.compile(r"(WARNING|ERROR) \S+ \S+ \[(\S+)\] (Token\S+|Missing cached draft probabilities|)")
 EXAMPLES = 5  # Of everything that goes wrong, in the report.
-# What shall not happen.
 FAILURES = ("wrong", "lost", "5xx", "refused unexpectedly", "finished unexpectedly")
 STAGES = (0.2, 0.4, 0.6, 0.8, 1.0)
-WATCHED = (
-    "vllm:tokentiming_",
-    "vllm:spec_decode_",
-    "vllm:num_preemptions",
-    "vllm:prompt_tokens",
-    "vllm:generation_tokens",
-)
-RUNNING = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+RUNNING = ("num_requests_running", "num_requests_waiting")
+WATCHED = ("tokentiming_", "spec_decode_", "num_preemptions", "prompt_tokens_total", "generation_tokens", *RUNNING)
 
 
-def speculation(draft: Path, blocks: int) -> dict[str, Any]:
+def speculation(draft: Path) -> dict[str, Any]:
     """Always drafts; the draft has room for a part of the requests, and for most of their length."""
     config = json.loads((draft / "config.json").read_text())
     heads = config["num_attention_heads"]
@@ -67,7 +60,7 @@ def speculation(draft: Path, blocks: int) -> dict[str, Any]:
         "method": "tokentiming", "model": str(draft), "num_speculative_tokens": 5, "adaptive_length": False,
         "max_model_len": MAX_LEN - 2 * BLOCK,
         # Keys and values, in float32, and vLLM's empty block.
-        "kv_memory_gib": (blocks + 1) * 2 * 4 * config["num_hidden_layers"] * width * BLOCK / 2**30,
+        "kv_memory_gib": (DRAFT_BLOCKS + 1) * 2 * 4 * config["num_hidden_layers"] * width * BLOCK / 2**30,
     }  # fmt: skip
 
 
@@ -78,10 +71,10 @@ def server(
     """A running server under pressure: its process and address."""
     port = free_port()
     command = vllm(
-        "serve", str(options.target), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL,
+        "serve", str(options.target), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", BASE["model"],
         "--dtype", "float32", "--max-model-len", str(MAX_LEN), "--block-size", str(BLOCK), "--enforce-eager",
-        "--max-num-seqs", str(options.max_num_seqs), "--max-num-batched-tokens", str(options.max_num_batched_tokens),
-        "--num-gpu-blocks-override", str(options.target_blocks),
+        "--max-num-seqs", str(SEQUENCES), "--max-num-batched-tokens", str(options.max_num_batched_tokens),
+        "--num-gpu-blocks-override", str(TARGET_BLOCKS), "--disable-uvicorn-access-log",
     )  # fmt: skip
     if speculative is not None:
         command += ["--speculative-config", json.dumps(speculative)]
@@ -89,12 +82,9 @@ def server(
     with log.open("w") as file:
         process = psutil.Popen(
             command,
-            env={**environment, **os.environ},
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
+            env={**environment, **os.environ}, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
             start_new_session=True,
-        )
+        )  # fmt: skip
         try:
             url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS
             while fetch(f"{url}/health") is None:
@@ -124,9 +114,10 @@ def metrics(url: str) -> dict[str, float]:
     found = {}
     for family in text_string_to_metric_families(fetch(f"{url}/metrics") or ""):
         for sample in family.samples:
-            if sample.name.startswith(WATCHED) and not sample.name.endswith("_created"):
-                labels = [value for name, value in sample.labels.items() if name not in ("model_name", "engine")]
-                found[" ".join([sample.name.removeprefix("vllm:"), *labels])] = sample.value
+            name = sample.name.removeprefix("vllm:")
+            if name.startswith(WATCHED) and not name.endswith("_created"):
+                labels = [value for label, value in sample.labels.items() if label not in ("model_name", "engine")]
+                found[" ".join([name, *labels])] = sample.value
     return found
 
 
@@ -186,18 +177,14 @@ async def outcome(session: aiohttp.ClientSession, url: str, request: Request, se
     try:
         async with asyncio.timeout(limit):
             whole = await send(session, url, request, choices)
-        answer = [choices[index] for index in sorted(choices)]
-        if whole:
-            request.judge(answer)
-        else:
-            request.compare(answer, False)
+        request.judge([choices[index] for index in sorted(choices)], whole)
     except ServerError as error:
         status, text = error.args
         if status >= 500:
             return "5xx", f"{status} {text[:500]}"
         return ("refused unexpectedly", f"{status} {text[:500]}") if request.expect == FINISH else ("refused", "")
-    except NearTie as tie:
-        return "near tie", str(tie)
+    except (NearTie, Changed) as reason:
+        return ("near tie" if isinstance(reason, NearTie) else "changed"), str(reason)
     except Wrong as wrong:
         return "wrong", str(wrong)
     except TimeoutError:
@@ -205,7 +192,7 @@ async def outcome(session: aiohttp.ClientSession, url: str, request: Request, se
     except (aiohttp.ClientError, ConnectionError) as error:
         return "lost", repr(error)
     if request.expect == REFUSE:
-        return "finished unexpectedly", f"{len(answer[0].ids)} tokens, {answer[0].reason}"
+        return "finished unexpectedly", f"{len(choices[0].ids)} tokens, {choices[0].reason}"
     return "finished" if whole else "hung up", ""
 
 
@@ -235,7 +222,7 @@ def write_references(url: str, texts: list[str], tokenizer: Tokenizer, options: 
         length = (SHORT, LONG)[index % 2]
         text = text[: encoded.offsets[length][0]] if len(encoded) > length else text
         chat = index % 6 == 0
-        body = {**BASE, "model": MODEL, "temperature": 0, "max_tokens": REFERENCE_TOKENS, "ignore_eos": True}
+        body = {**BASE, "temperature": 0, "max_tokens": WRITTEN, "ignore_eos": True}
         given = (
             {"messages": [{"role": "user", "content": text}], "logprobs": True, "top_logprobs": 2}
             if chat
@@ -279,7 +266,7 @@ class Soak:
         watcher.cancel()
         self._look()
         at_rest = await self._wait_for_rest()
-        last = Request("last", {**BASE, "model": MODEL, "prompt": [5], "max_tokens": 2, "ignore_eos": True})
+        last = Request("last", {**BASE, "prompt": [5], "max_tokens": 2, "ignore_eos": True})
         async with aiohttp.ClientSession() as session:
             last_result = (await outcome(session, self._url, last, self._options.limit))[0]
         after = metrics(self._url)
@@ -321,9 +308,7 @@ class Soak:
     async def _wait_for_rest(self) -> bool:
         """Whether nothing runs or waits, some time after the last client has gone."""
         for _ in range(REST_SECONDS):
-            page = fetch(f"{self._url}/metrics") or ""
-            samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
-            if not any(sample.value for sample in samples if sample.name in RUNNING):
+            if not any(value for name, value in metrics(self._url).items() if name in RUNNING):
                 return True
             await asyncio.sleep(1)
         return False
@@ -331,7 +316,7 @@ class Soak:
     async def _watch(self) -> None:
         while True:
             self._look()
-            await asyncio.sleep(self._options.every)
+            await asyncio.sleep(WATCH_SECONDS)
 
     def _look(self) -> None:
         sizes: dict[str, float] = defaultdict(float)
@@ -401,12 +386,8 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--prompts", type=int, default=300, help="of greedy requests, each in two lengths")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-num-seqs", type=int, default=16)
-    parser.add_argument("--max-num-batched-tokens", type=int, default=128, help="with enough for all, seeds are sent")
-    parser.add_argument("--target-blocks", type=int, default=60, help=f"of {BLOCK} tokens")
-    parser.add_argument("--draft-blocks", type=int, default=45)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=8 * SEQUENCES)
     parser.add_argument("--limit", type=float, default=300, help="seconds, after which a request is lost")
-    parser.add_argument("--every", type=float, default=2, help="seconds between looks at the memory")
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--only", type=int, nargs="+", metavar="NUMBER")
     parser.add_argument("--out", type=Path, required=True)
@@ -416,22 +397,22 @@ def main() -> int:
     loaded.append(workloads.load("multilingual", options.prompts - len(loaded[0]["prompts"]), 3000))
     texts = [text for part in loaded for text in part["prompts"]]
     tokenizer = Tokenizer.from_file(str(options.target / "tokenizer.json"))
-    speculative = None if options.plain else speculation(options.draft, options.draft_blocks)
+    speculative = None if options.plain else speculation(options.draft)
     with tempfile.TemporaryDirectory() as folder:
         with server(options, None, Path(folder) / "plain.log") as (_, url):
             references = write_references(url, texts, tokenizer, options)
         print(f"{len(references)} expected outputs", flush=True)
-        seeds = options.max_num_batched_tokens >= options.max_num_seqs * MAX_LEN
-        requests = Requests(options.seed, MODEL, tokenizer, texts, references, MAX_LEN, speculative is not None, seeds)
+        seeds = options.max_num_batched_tokens >= SEQUENCES * MAX_LEN
+        requests = Requests(options.seed, tokenizer, texts, references, MAX_LEN, speculative is not None, seeds)
         log = Path(folder) / "server.log"
         with server(options, speculative, log) as (process, url):
             found = asyncio.run(Soak(process, url, requests, options).run())
         lines = log.read_text(errors="replace").splitlines()
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    found["log"] = {
-        "errors": [line for line in lines if "ERROR" in line][:100],
-        "end": lines[-60:] if found["failures"] else [],
-    }
+    # Where in the code what was logged; a refused stream makes many lines.
+    logged = Counter(match.groups() for line in lines if (match := LOGGED.search(line)))
+    found["log"] = {" ".join(key): count for key, count in logged.most_common()}
+    found["end_of_log"] = lines[-60:] if found["failures"] else []
     hashes = {name: value for part in loaded for name, value in part["sha256"].items() if name != "prompts"}
     about = {"provenance": provenance(), "settings": settings, "speculation": speculative, "datasets": hashes}
     options.out.write_text(json.dumps(about | found, indent=1) + "\n")
