@@ -142,6 +142,12 @@ def verifier_takes_q() -> bool:
 
 
 def repair_cpu_rejection_sampler() -> None:
+    """Mend vLLM's rejection sampler on CPUs: both of the repairs that follow."""
+    repair_cpu_parameters()
+    repair_cpu_padding()
+
+
+def repair_cpu_parameters() -> None:
     """Give each proposed token the temperature, top-k and top-p of its request, on CPUs.
 
     ``vllm/utils/cpu_triton_utils.py::_expand_kernel_impl`` has its kernel write into an int64 *copy* of the output, so
@@ -163,6 +169,54 @@ def repair_cpu_rejection_sampler() -> None:
 
     expand_batch_to_tokens._tokentiming = True  # type: ignore[attr-defined]
     rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+
+
+def repair_cpu_padding() -> None:
+    """Let nothing be accepted where nothing was proposed, on CPUs.
+
+    Where a prompt has one token that is not in the cache, the scheduler of 0.32 gives the request -1 for each proposal,
+    so that its step looks like the others'. The Triton kernels reject these; the C++ ones for CPUs
+    (``rejection_random_sample_kernel_impl``) take -1 for an index, and what they read there, which belongs to another
+    request, decides. Greedy requests are not concerned. Seen in 0.32.0. Can go when those kernels look for it.
+    """
+    import torch
+    from vllm.v1.sample import rejection_sampler
+
+    original = rejection_sampler.rejection_sample
+    if getattr(original, "_tokentiming", False):
+        return
+
+    @functools.wraps(original)
+    def rejection_sample(
+        draft_token_ids: Any,
+        num_draft_tokens: list[int],
+        max_spec_len: int,
+        cu_num_draft_tokens: Any,
+        draft_probs: Any,
+        target_logits: Any,
+        bonus_token_ids: Any,
+        sampling_metadata: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        padded = draft_token_ids < 0
+        if not sampling_metadata.all_greedy and padded.any():
+            if draft_probs is None:
+                draft_probs = target_logits.new_zeros(target_logits.shape, dtype=torch.float32)
+                draft_probs.scatter_(1, draft_token_ids.clamp(min=0).long().unsqueeze(1), 1.0)
+            # A token that was drawn with probability 0 is rejected, and then the target decides alone.
+            draft_probs = draft_probs.masked_fill(padded.unsqueeze(1), 0.0)
+            counts = cu_num_draft_tokens.diff(prepend=cu_num_draft_tokens.new_zeros(1)).long()
+            sampled = sampling_metadata.temperature != rejection_sampler.GREEDY_TEMPERATURE
+            sampled = sampled.repeat_interleave(counts)
+            draft_token_ids = draft_token_ids.masked_fill(padded & sampled, 0)
+        return original(
+            draft_token_ids, num_draft_tokens, max_spec_len, cu_num_draft_tokens, draft_probs, target_logits,
+            bonus_token_ids, sampling_metadata, *args, **kwargs,
+        )  # fmt: skip
+
+    rejection_sample._tokentiming = True  # type: ignore[attr-defined]
+    rejection_sampler.rejection_sample = rejection_sample
 
 
 def repair_top_k_without_drafts() -> None:
