@@ -103,7 +103,6 @@ def try_everything() -> dict:
             GPUModelRunner.propose_draft_token_ids,
             GPUModelRunner._input_fits_in_drafter,
             GPUModelRunner._sample,
-            rejection_sampler.rejection_sample,
         ]
 
     result: dict = {"missing": compat.missing_from_vllm()}
@@ -166,7 +165,7 @@ def test_what_vllm_lacks_is_named(monkeypatch):
 
 
 def test_vllm_without_the_repair_gives_proposals_parameters_that_are_not_their_requests(tried):
-    """If this fails, `repair_cpu_parameters` is no longer needed."""
+    """If this fails, `repair_cpu_rejection_sampler` is no longer needed."""
     assert any(found != right for found, right in tried["expanded, unrepaired"])
 
 
@@ -191,7 +190,7 @@ def test_repaired_top_k_keeps_the_k_largest_logits(tried):
 
 
 def test_registering_changes_the_reading_of_arguments_and_what_workers_hear_of_requests_and_nothing_else(tried):
-    assert tried["registered"] == [True, True] + [False] * 6
+    assert tried["registered"] == [True, True] + [False] * 5
 
 
 def test_vllm_does_not_tell_workers_the_salt_of_a_request():
@@ -207,5 +206,5 @@ def test_registering_prints_nothing_and_can_be_repeated(tried):
 
 
 def test_a_proposer_installs_all_repairs_and_wrappers_once(tried):
-    assert tried["installed"] == [False, False] + [True] * 6
+    assert tried["installed"] == [False, False] + [True] * 5
     assert not any(tried["installed again"])

@@ -80,9 +80,6 @@ def _reference(counts, drafted, laws, logits, bonus, greedy, uniform, noise) -> 
             if greedy[row]:
                 output.append(int(logits[position].argmax()))
                 accepted = output[-1] == token
-            elif token < 0:  # Nothing was proposed here: what is drawn is drawn from the target.
-                accepted = False
-                output.append(int((p / noise[row]).argmax()))
             else:
                 q = float(laws[position][token]) if laws is not None else 1.0
                 accepted = q > 0 and float(p[token]) / q >= float(uniform[position])
@@ -101,12 +98,8 @@ def _reference(counts, drafted, laws, logits, bonus, greedy, uniform, noise) -> 
     return outputs
 
 
-def _trial(sampler, counts, kind: str, mix: str, seeded: bool, seed: int, padded: bool = False) -> tuple[list, list]:
-    """What the sampler makes of a random batch, and what the reference makes of it.
-
-    With ``padded``, some requests have the number -1 for every proposal, as vLLM schedules a request whose prompt is
-    one token long, or but for one token in its cache.
-    """
+def _trial(sampler, counts, kind: str, mix: str, seeded: bool, seed: int) -> tuple[list, list]:
+    """What the sampler makes of a random batch, and what the reference makes of it."""
     import torch
 
     generator, number, batch = _generator(seed), sum(counts), len(counts)
@@ -115,10 +108,6 @@ def _trial(sampler, counts, kind: str, mix: str, seeded: bool, seed: int, padded
     drafted = laws.multinomial(1, generator=generator).squeeze(1).to(torch.int32)
     if mix != "sampled":  # Or no greedy request would ever accept anything.
         drafted = torch.where(torch.rand(number, generator=generator) < 0.5, logits.argmax(-1), drafted).to(torch.int32)
-    if padded:
-        nothing = torch.tensor([row % 3 == 0 for row, count in enumerate(counts) for _ in range(count)])
-        drafted[nothing] = -1
-        laws = laws.masked_fill(nothing[:, None], 0)
     shown = None if kind == "none" else laws
     bonus = torch.randint(VOCABULARY, (batch, 1), generator=generator)
     greedy = [MIXES[mix](row) for row in range(batch)]
@@ -139,9 +128,9 @@ def _trial(sampler, counts, kind: str, mix: str, seeded: bool, seed: int, padded
             uniform[start : start + count].uniform_(generator=generator)
             noise[row].exponential_(generator=generator)
     kept = [[token for token in row if token >= 0] for row in found.tolist()]
-    ends = all(row == [*k, *[-1] * (len(row) - len(k))] for row, k in zip(found.tolist(), kept, strict=True))
+    padded = all(row == [*k, *[-1] * (len(row) - len(k))] for row, k in zip(found.tolist(), kept, strict=True))
     right = _reference(counts, drafted, shown, logits, bonus, greedy, uniform.float(), noise)
-    return [kept, ends], [right, True]
+    return [kept, padded], [right, True]
 
 
 def _tail_of_chi_square(counts, probs) -> float:
@@ -231,15 +220,6 @@ def _expanded(sampler) -> bool:
     return True
 
 
-def _padded_trials(sampler, kind: str, mix: str) -> list:
-    return [
-        _trial(sampler, counts, kind, mix, seeded, 1000 * trial + len(counts), padded=True)
-        for trial in range(NUM_TRIALS)
-        for counts in BATCHES
-        for seeded in (False, True)
-    ]
-
-
 def try_everything() -> dict:
     """In a fresh process, as a worker on a CPU has it."""
     from vllm.platforms import current_platform
@@ -250,10 +230,9 @@ def try_everything() -> dict:
 
     from vllm_tokentiming import compat
 
-    unrepaired = _padded_trials(rejection_sampler, "none", "sampled")
     compat.repair_cpu_rejection_sampler()
     compat.repair_top_k_without_drafts()
-    result: dict = {"trials": {}, "padded": {}, "unrepaired": unrepaired, "expanded": _expanded(rejection_sampler)}
+    result: dict = {"trials": {}, "expanded": _expanded(rejection_sampler)}
     for kind in KINDS:
         for mix in MIXES:
             pairs = [
@@ -263,7 +242,6 @@ def try_everything() -> dict:
                 for seeded in (False, True)
             ]
             result["trials"][f"{kind}, {mix}"] = pairs
-            result["padded"][f"{kind}, {mix}"] = _padded_trials(rejection_sampler, kind, mix)
     result["laws"] = {kind: _law_of_output(rejection_sampler, kind) for kind in KINDS}
     result["wrong law"] = _law_of_output(rejection_sampler, "dense", wrong=True)
     return result
@@ -281,18 +259,6 @@ def test_every_decision_is_that_of_rejection_sampling(tried, kind, mix):
     assert len(pairs) == 2 * NUM_TRIALS * len(BATCHES)
     for found, right in pairs:
         assert found == right
-
-
-@pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_where_nothing_was_proposed_the_target_decides(tried, kind, mix):
-    for found, right in tried["padded"][f"{kind}, {mix}"]:
-        assert found == right
-
-
-def test_vllm_without_the_repair_accepts_what_was_not_proposed(tried):
-    """If this fails, `compat.repair_cpu_padding` is no longer needed."""
-    assert any(found != right for found, right in tried["unrepaired"])
 
 
 @pytest.mark.parametrize("mix", MIXES)

@@ -95,6 +95,24 @@ def _write(llm, cases: dict, seed: int | None = None) -> dict:
     return described
 
 
+def _beside_another(llm, **parameters) -> list[int]:
+    """What a prompt of one token gets while another request writes one token for ever.
+
+    That one is the last of the vocabulary, where -1 points to as an index.
+    """
+    last = llm.llm_engine.model_config.get_vocab_size() - 1
+    others = _parameters({"temperature": 1.0, "allowed_token_ids": [last], "max_tokens": 100})
+    llm.llm_engine.add_request("other", {"prompt_token_ids": [5, 6, 7, 8]}, others)
+    for _ in range(3):
+        llm.llm_engine.step()
+    llm.llm_engine.add_request("one", {"prompt_token_ids": [72]}, _parameters({"temperature": 1.0, **parameters}))
+    while True:
+        for output in llm.llm_engine.step():
+            if output.request_id == "one" and output.finished:
+                llm.llm_engine.abort_request(["other"])
+                return list(output.outputs[0].token_ids)
+
+
 def write_everything() -> dict:
     """In a fresh process: every case with a plain engine and with ours."""
     plain = engine.start()
@@ -103,6 +121,11 @@ def write_everything() -> dict:
     # Alone, so that the step after its prompt has no proposals for anybody.
     lone = ours.generate(PROMPTS[0], _parameters({"temperature": 0.9, "top_k": 20}), use_tqdm=False)
     result["lone top-k"] = _described(lone[0])
+    result["beside"] = {"plain": engine.generate(plain, [[72]], engine.greedy(MAX_TOKENS))[0]}
+    result["beside"]["ours"] = _beside_another(ours, top_k=1)
+    seeded = {"temperature": 1.0, "seed": 3}
+    result["beside"]["seeded, alone"] = engine.generate(ours, [[72]], _parameters(seeded))[0]
+    result["beside"]["seeded"] = _beside_another(ours, seed=3)
     result["plain"] = _write(plain, DETERMINISTIC)
     # Greedy and sampled requests take turns in the batch.
     mixed = {}
@@ -190,6 +213,15 @@ def test_sampled_requests_write_varied_text_of_the_length_asked_for(written, cas
 
 def test_a_lone_request_with_top_k_needs_no_proposals(written):
     assert len(written["lone top-k"]["outputs"][0]["ids"]) == MAX_TOKENS
+
+
+def test_a_prompt_of_one_token_gets_nothing_from_other_requests(written):
+    # vLLM schedules such a request with proposals of -1 (`compat.without_padding`).
+    assert written["beside"]["ours"] == written["beside"]["plain"]
+
+
+def test_a_seeded_prompt_of_one_token_writes_the_same_beside_others(written):
+    assert written["beside"]["seeded"] == written["beside"]["seeded, alone"]
 
 
 def test_two_outputs_of_a_prompt_differ(written):

@@ -142,12 +142,6 @@ def verifier_takes_q() -> bool:
 
 
 def repair_cpu_rejection_sampler() -> None:
-    """Mend vLLM's rejection sampler on CPUs: both of the repairs that follow."""
-    repair_cpu_parameters()
-    repair_cpu_padding()
-
-
-def repair_cpu_parameters() -> None:
     """Give each proposed token the temperature, top-k and top-p of its request, on CPUs.
 
     ``vllm/utils/cpu_triton_utils.py::_expand_kernel_impl`` has its kernel write into an int64 *copy* of the output, so
@@ -171,52 +165,51 @@ def repair_cpu_parameters() -> None:
     rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
 
 
-def repair_cpu_padding() -> None:
-    """Let nothing be accepted where nothing was proposed, on CPUs.
+def without_padding(logits: Any, metadata: Any, num_proposed: list[int]) -> tuple[Any, Any]:
+    """What the rejection sampler is to verify, without proposals that are none.
 
     Where a prompt has one token that is not in the cache, the scheduler of 0.32 gives the request -1 for each proposal,
-    so that its step looks like the others'. The Triton kernels reject these; the C++ ones for CPUs
-    (``rejection_random_sample_kernel_impl``) take -1 for an index, and what they read there, which belongs to another
-    request, decides. Greedy requests are not concerned. Seen in 0.32.0. Can go when those kernels look for it.
+    so that its step looks like the others'. That takes the proposal probabilities from the whole batch, since the
+    request has none; it makes a seeded request use other random numbers than alone; and the kernels for CPUs
+    (``rejection_random_sample_kernel_impl``) take -1 for an index and may accept what they read there. So these rows
+    are left out, and the first of them is where the target decides alone. Can go when vLLM does not pad, or copes.
+
+    Args:
+        logits: ``[proposals + requests, target vocabulary]``.
+        metadata: ``vllm.v1.spec_decode.metadata.SpecDecodeMetadata``.
+        num_proposed: How many of each request's proposals are real; the others come after them.
+
+    Returns:
+        The same two for these proposals alone.
     """
     import torch
-    from vllm.v1.sample import rejection_sampler
 
-    original = rejection_sampler.rejection_sample
-    if getattr(original, "_tokentiming", False):
-        return
+    rows: list[int] = []
+    drafts: list[int] = []
+    targets: list[int] = []
+    bonus: list[int] = []
+    row = draft = 0
+    for scheduled, proposed in zip(metadata.num_draft_tokens, num_proposed, strict=True):
+        targets += range(len(rows), len(rows) + proposed)
+        bonus.append(len(rows) + proposed)
+        rows += range(row, row + proposed + 1)
+        drafts += range(draft, draft + proposed)
+        row, draft = row + scheduled + 1, draft + scheduled
 
-    @functools.wraps(original)
-    def rejection_sample(
-        draft_token_ids: Any,
-        num_draft_tokens: list[int],
-        max_spec_len: int,
-        cu_num_draft_tokens: Any,
-        draft_probs: Any,
-        target_logits: Any,
-        bonus_token_ids: Any,
-        sampling_metadata: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        padded = draft_token_ids < 0
-        if not sampling_metadata.all_greedy and padded.any():
-            if draft_probs is None:
-                draft_probs = target_logits.new_zeros(target_logits.shape, dtype=torch.float32)
-                draft_probs.scatter_(1, draft_token_ids.clamp(min=0).long().unsqueeze(1), 1.0)
-            # A token that was drawn with probability 0 is rejected, and then the target decides alone.
-            draft_probs = draft_probs.masked_fill(padded.unsqueeze(1), 0.0)
-            counts = cu_num_draft_tokens.diff(prepend=cu_num_draft_tokens.new_zeros(1)).long()
-            sampled = sampling_metadata.temperature != rejection_sampler.GREEDY_TEMPERATURE
-            sampled = sampled.repeat_interleave(counts)
-            draft_token_ids = draft_token_ids.masked_fill(padded & sampled, 0)
-        return original(
-            draft_token_ids, num_draft_tokens, max_spec_len, cu_num_draft_tokens, draft_probs, target_logits,
-            bonus_token_ids, sampling_metadata, *args, **kwargs,
-        )  # fmt: skip
+    def like(values: list[int], other: Any) -> Any:
+        return torch.tensor(values, dtype=other.dtype, device=other.device)
 
-    rejection_sample._tokentiming = True  # type: ignore[attr-defined]
-    rejection_sampler.rejection_sample = rejection_sample
+    kept = like(rows, metadata.bonus_logits_indices)
+    ends = torch.tensor(num_proposed).cumsum(0)
+    return logits[kept], type(metadata)(
+        draft_token_ids=metadata.draft_token_ids[like(drafts, metadata.bonus_logits_indices)],
+        num_draft_tokens=num_proposed,
+        cu_num_draft_tokens=like(ends.tolist(), metadata.cu_num_draft_tokens),
+        cu_num_sampled_tokens=like((ends + torch.arange(1, len(ends) + 1)).tolist(), metadata.cu_num_sampled_tokens),
+        target_logits_indices=like(targets, metadata.target_logits_indices),
+        bonus_logits_indices=like(bonus, metadata.bonus_logits_indices),
+        logits_indices=metadata.logits_indices[kept],
+    )
 
 
 def repair_top_k_without_drafts() -> None:

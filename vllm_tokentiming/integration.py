@@ -2,8 +2,9 @@
 
 vLLM's ``custom_class`` interface tells a proposer neither which requests it drafts for nor that requests have ended.
 Two thin wrappers around ``GPUModelRunner`` do; they act only for our proposer, and can go when vLLM passes request
-ids and finished requests to ``propose`` (no version does so far; 0.32 and 0.33 read). A third one spares steps without
-proposals the rejection sampler, which 0.32 calls for them, too; it can go when vLLM does not.
+ids and finished requests to ``propose`` (no version does so far; 0.32 and 0.33 read). A third one spares the
+rejection sampler what is no proposal: all of a step without any, for which 0.32 calls it, too, and padding
+(``compat.without_padding``).
 """
 
 from __future__ import annotations
@@ -106,16 +107,30 @@ def install() -> None:
 
     @functools.wraps(sample)
     def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
-        # With nothing to verify, the rejection sampler does what the sampler does, in more steps.
-        ours = _is_ours(getattr(self, "drafter", None))
-        if ours and spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
-            spec_decode_metadata = None
+        if spec_decode_metadata is not None and _is_ours(getattr(self, "drafter", None)):
+            num_proposed = _drop_padding(self, len(spec_decode_metadata.num_draft_tokens))
+            if num_proposed is not None and num_proposed != list(spec_decode_metadata.num_draft_tokens):
+                logits, spec_decode_metadata = compat.without_padding(logits, spec_decode_metadata, num_proposed)
+            # With nothing to verify, the rejection sampler does what the sampler does, in more steps.
+            if not any(spec_decode_metadata.num_draft_tokens):
+                spec_decode_metadata = None
         return sample(self, logits, spec_decode_metadata)
 
     propose_draft_token_ids._tokentiming = True  # type: ignore[attr-defined]
     GPUModelRunner.propose_draft_token_ids = propose_draft_token_ids
     GPUModelRunner._input_fits_in_drafter = _input_fits_in_drafter
     GPUModelRunner._sample = _sample
+
+
+def _drop_padding(runner: Any, num_requests: int) -> list[int] | None:
+    """Take -1 out of what is proposed for each request, and count the rest; ``None`` where the host does not know."""
+    proposed_ids = getattr(runner.input_batch, "spec_token_ids", None)
+    if proposed_ids is None or getattr(runner, "use_async_scheduling", True):
+        return None
+    for target_ids in proposed_ids[:num_requests]:
+        while target_ids and target_ids[-1] < 0:
+            target_ids.pop()
+    return [len(target_ids) for target_ids in proposed_ids[:num_requests]]
 
 
 def _is_ours(drafter: Any) -> bool:
