@@ -12,7 +12,6 @@ alignment blocks are those of the whole text.
 import argparse
 import json
 import random
-import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -92,7 +91,7 @@ def measure(names: dict[str, Vocabulary], texts: dict[str, bytes], seed: int) ->
             print(f"{target} - {draft}", flush=True)
 
 
-def tables(rows: list[dict], arguments: list[str]) -> str:
+def tables(rows: list[dict]) -> str:
     """Context errors, and blocks."""
     by_pair: defaultdict[tuple[str, str], list[dict]] = defaultdict(list)
     for row in rows:
@@ -100,7 +99,7 @@ def tables(rows: list[dict], arguments: list[str]) -> str:
     names, languages = sorted({row["target"] for row in rows}), sorted({row["text"] for row in rows})
     lines = [
         "# Every ordered pair of tokenizers", "",
-        f"Written by `python {' '.join(arguments)}`, {sum(row['commits'] for row in rows):,} commits; of all proposed "
+        f"Written by `benchmarks/pairs.py`: {sum(row['commits'] for row in rows):,} commits; of all proposed "
         f"ids, {sum(row['ids_outside'] for row in rows)} were outside the target's vocabulary.", "",
         "## Commits after which the draft's context is not what the target has committed", "",
         "Rows are targets, columns drafts. Where a draft cannot spell every text, or a target's text changes by being",
@@ -152,7 +151,7 @@ def main() -> None:
     rows = list(measure(vocabularies, dict(sorted(texts.items())), options.seed))
     options.out.write_text(json.dumps({"provenance": provenance(), "rows": rows}, indent=1))
     if options.table:
-        options.table.write_text(tables(rows, sys.argv))
+        options.table.write_text(tables(rows))
     if wrong := [row for row in rows if row["ids_outside"] or (row["exact"] and row["context_errors"])]:
         raise SystemExit(f"wrong: {wrong[0]} and {len(wrong) - 1} more")
 

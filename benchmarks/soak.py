@@ -7,7 +7,8 @@ server has too few blocks for its requests, so has the draft, and prompts come i
 lost, answered wrongly or with a status 5xx, if the server died, the draft failed, or its blocks did not come back.
 
 `--plain` sends the same to a server without a draft, `--only NUMBER ...` only these requests: both tell whether a fault
-is vLLM's own. With `--max-num-batched-tokens 8192` no prompt comes in chunks, and some requests have seeds.
+is vLLM's own. With `--max-num-batched-tokens 8192` no prompt comes in chunks, and some requests have seeds; those whose
+output was another one before are counted as changed. The memory settles after the first thousand requests.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from tokenizers import Tokenizer
 
 MAX_LEN, BLOCK, SEQUENCES = 512, 32, 16
 TARGET_BLOCKS, DRAFT_BLOCKS = 40, 45  # A request of the greatest length needs 16.
-SHORT, LONG, WRITTEN = 30, 250, 48  # Tokens of the greedy requests' prompts, and of their outputs.
+LENGTHS, WRITTEN = (1, 30, 250), 48  # Tokens of the greedy requests' prompts, and of their outputs.
 STOP_SECONDS, REST_SECONDS, WATCH_SECONDS = 30, 60, 2
 FLAT = 0.02  # Growth of the memory from the middle to the end that may be chance.
 LOGGED = re.compile(r"(WARNING|ERROR) \S+ \S+ \[(\S+)\] (Token\S+|Missing cached draft probabilities|)")
@@ -48,7 +49,7 @@ EXAMPLES = 5  # Of everything that goes wrong, in the report.
 FAILURES = ("wrong", "lost", "5xx", "refused unexpectedly", "finished unexpectedly")
 STAGES = (0.2, 0.4, 0.6, 0.8, 1.0)
 RUNNING = ("num_requests_running", "num_requests_waiting")
-WATCHED = ("tokentiming_", "spec_decode_", "num_preemptions", "prompt_tokens_total", "generation_tokens", *RUNNING)
+WATCHED = ("tokentiming_", "spec_decode_", "num_preemptions", "prompt_tokens_total", "generation_tokens")
 
 
 def speculation(draft: Path) -> dict[str, Any]:
@@ -93,8 +94,8 @@ def server(
                 time.sleep(0.5)
             yield process, url
         finally:
-            process.terminate()
-            with contextlib.suppress(psutil.TimeoutExpired):
+            with contextlib.suppress(psutil.Error):
+                process.terminate()
                 process.wait(STOP_SECONDS)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -109,13 +110,13 @@ def fetch(url: str) -> str | None:
         return None
 
 
-def metrics(url: str) -> dict[str, float]:
-    """The numbers that matter here, by name and those labels that are not the same for all."""
+def metrics(url: str, wanted: tuple[str, ...] = WATCHED) -> dict[str, float]:
+    """Numbers whose names begin in one of some ways, by name and those labels that are not the same for all."""
     found = {}
     for family in text_string_to_metric_families(fetch(f"{url}/metrics") or ""):
         for sample in family.samples:
             name = sample.name.removeprefix("vllm:")
-            if name.startswith(WATCHED) and not name.endswith("_created"):
+            if name.startswith(wanted) and not name.endswith("_created"):
                 labels = [value for label, value in sample.labels.items() if label not in ("model_name", "engine")]
                 found[" ".join([name, *labels])] = sample.value
     return found
@@ -212,35 +213,34 @@ async def together(clients: int, jobs: Iterable[Any], work: Callable[[aiohttp.Cl
                 group.create_task(client())
 
 
-def write_references(url: str, texts: list[str], tokenizer: Tokenizer, options: argparse.Namespace) -> list[Reference]:
+def write_references(url: str, texts: list[str], tokenizer: Tokenizer) -> list[Reference]:
     """Have a server without a draft write the expected outputs of greedy requests."""
     references = []
 
     async def write(session: aiohttp.ClientSession, job: tuple[int, str]) -> None:
         index, text = job
         encoded = tokenizer.encode(text)
-        length = (SHORT, LONG)[index % 2]
-        text = text[: encoded.offsets[length][0]] if len(encoded) > length else text
-        chat = index % 6 == 0
-        body = {**BASE, "temperature": 0, "max_tokens": WRITTEN, "ignore_eos": True}
-        given = (
-            {"messages": [{"role": "user", "content": text}], "logprobs": True, "top_logprobs": 2}
-            if chat
-            else {"prompt": text, "logprobs": 2}
-        )
+        length = LENGTHS[index % len(LENGTHS)]
+        text = text[: max(encoded.offsets[length][0], 1)] if len(encoded) > length else text
+        chat = index % 5 == 0
+        # By their texts, two of the best could be one: any part of a character is "\ufffd".
+        exact = {"return_tokens_as_token_ids": True}
+        body = {**BASE, **exact, "temperature": 0, "max_tokens": WRITTEN, "ignore_eos": True}
+        if chat:
+            body |= {"messages": [{"role": "user", "content": text}], "logprobs": True, "top_logprobs": 2}
+        else:
+            body |= {"prompt": text, "logprobs": 2}
         choices: dict[int, Choice] = {}
-        await send(session, url, Request("", body | given, path=PATHS[chat]), choices)
+        await send(session, url, Request("reference", body, path=PATHS[chat]), choices)
         ids, found = choices[0].ids, choices[0].logprobs
-        best = (
-            [[top["logprob"] for top in place["top_logprobs"]] for place in found["content"]]
-            if chat
-            else [list(place.values()) for place in found["top_logprobs"]]
-        )
+        if chat:
+            best = [[top["logprob"] for top in place["top_logprobs"]] for place in found["content"]]
+        else:
+            best = [list(place.values()) for place in found["top_logprobs"]]
         margins = [max(place) - min(place) for place in best]
         references.append(Reference(text, tokenizer.encode(text).ids, chat, ids, margins))
 
-    pairs = [text for text in texts for _ in (SHORT, LONG)]
-    asyncio.run(together(32, enumerate(pairs), write))
+    asyncio.run(together(32, enumerate(text for text in texts for _ in LENGTHS), write))
     return sorted(references, key=lambda reference: (reference.text, reference.chat))
 
 
@@ -308,7 +308,7 @@ class Soak:
     async def _wait_for_rest(self) -> bool:
         """Whether nothing runs or waits, some time after the last client has gone."""
         for _ in range(REST_SECONDS):
-            if not any(value for name, value in metrics(self._url).items() if name in RUNNING):
+            if not any(metrics(self._url, RUNNING).values()):
                 return True
             await asyncio.sleep(1)
         return False
@@ -353,11 +353,9 @@ def markdown(found: dict[str, Any]) -> str:
     rows = [row for row in rows[:-1] if not row[0].startswith("malicious")] + [("malicious", malicious), rows[-1]]
     lines = [f"| requests | {' | '.join(results)} |", "|---" * (len(results) + 1) + "|"]
     lines += [f"| {kind} | {' | '.join(str(counts.get(result, 0)) for result in results)} |" for kind, counts in rows]
-    rate = sum(found["total"].values()) / found["seconds"]
-    lines += [
-        "",
-        f"{found['seconds']:.0f} s, {rate:.1f} requests/s; the slowest took {found['slowest_seconds']:.0f} s.",
-    ]
+    seconds, slowest = found["seconds"], found["slowest_seconds"]
+    rate = sum(found["total"].values()) / seconds
+    lines += ["", f"{seconds:.0f} s, {rate:.1f} requests/s; the slowest took {slowest:.0f} s."]
     lines += ["", "| counted | |", "|---|---|"]
     lines += [
         # Gauges are what they are at the end.
@@ -372,7 +370,7 @@ def markdown(found: dict[str, Any]) -> str:
     lines += ["", f"Memory after the middle: {found['memory']['growth_after_the_middle']:+.1%}, {flat}."]
     lines += ["", "Failures: " + ("; ".join(found["failures"]) or "none") + "."]
     for result in FAILURES:
-        lines += [f"- {result}: {json.dumps(row, ensure_ascii=False)}" for row in found["examples"].get(result, [])]
+        lines += [f"- {result}: {json.dumps(row)}" for row in found["examples"].get(result, [])]
     return "\n".join(lines)
 
 
@@ -384,7 +382,7 @@ def main() -> int:
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--prompts", type=int, default=300, help="of greedy requests, each in two lengths")
+    parser.add_argument("--prompts", type=int, default=300, help="of greedy requests, each in three lengths")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-num-batched-tokens", type=int, default=8 * SEQUENCES)
     parser.add_argument("--limit", type=float, default=300, help="seconds, after which a request is lost")
@@ -400,20 +398,22 @@ def main() -> int:
     speculative = None if options.plain else speculation(options.draft)
     with tempfile.TemporaryDirectory() as folder:
         with server(options, None, Path(folder) / "plain.log") as (_, url):
-            references = write_references(url, texts, tokenizer, options)
+            references = write_references(url, texts, tokenizer)
         print(f"{len(references)} expected outputs", flush=True)
         seeds = options.max_num_batched_tokens >= SEQUENCES * MAX_LEN
         requests = Requests(options.seed, tokenizer, texts, references, MAX_LEN, speculative is not None, seeds)
         log = Path(folder) / "server.log"
         with server(options, speculative, log) as (process, url):
             found = asyncio.run(Soak(process, url, requests, options).run())
-        lines = log.read_text(errors="replace").splitlines()
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+        # Without what is this machine's.
+        lines = log.read_text(errors="replace").replace(f"{ROOT}/", "").replace(sys.base_prefix, "").splitlines()
+    settings = {name: os.path.relpath(v) if isinstance(v, Path) else v for name, v in vars(options).items()}
     # Where in the code what was logged; a refused stream makes many lines.
     logged = Counter(match.groups() for line in lines if (match := LOGGED.search(line)))
     found["log"] = {" ".join(key): count for key, count in logged.most_common()}
     found["end_of_log"] = lines[-60:] if found["failures"] else []
     hashes = {name: value for part in loaded for name, value in part["sha256"].items() if name != "prompts"}
+    speculative = speculative and {**speculative, "model": settings["draft"]}
     about = {"provenance": provenance(), "settings": settings, "speculation": speculative, "datasets": hashes}
     options.out.write_text(json.dumps(about | found, indent=1) + "\n")
     print(markdown(found))
