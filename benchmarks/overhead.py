@@ -60,6 +60,7 @@ MODELS = Path(__file__).resolve().parent.parent / "examples" / "models"
 
 STEP = "bookkeeping"  # What is left of a step.
 NOTHING = torch.zeros(1, 1)
+CERTAIN = torch.ones(1)  # The confidence in every drafted token.
 HOST = ("context", "alignment", "re-encoding", "transduction", "random numbers", STEP)
 REST = ("transfer", "any draft", "model")
 
@@ -121,8 +122,10 @@ def skip_tensors() -> None:
         return NOTHING.clone()
 
     StandIn.forward = favour  # type: ignore[method-assign]
-    torch.Tensor.masked_fill_ = lambda self, *_: self  # type: ignore[method-assign,assignment]
-    torch.Tensor.argmax = writer.draw = lambda *_: chosen[0]  # type: ignore[method-assign,assignment]
+    torch.Tensor.index_fill_ = lambda self, *_: self  # type: ignore[method-assign,assignment]
+    torch.Tensor.softmax = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
+    torch.Tensor.max = lambda *_: (CERTAIN, chosen[0])  # type: ignore[method-assign,assignment]
+    writer.draw = lambda *_: chosen[0]  # type: ignore[assignment]
     torch.Tensor.__setitem__ = lambda *_: None  # type: ignore[method-assign,assignment]
     writer.law = lambda logits, *_: logits  # type: ignore[assignment]
     torch.zeros = lambda *_, **__: NOTHING
@@ -141,12 +144,12 @@ def watch() -> Clock:
     clock.wrap(writer, "uniforms", "random numbers")
     for owner, names in (
         (transfer.Transfer, ("first_rows", "later_row", "candidate_rows")),
-        (torch.Tensor, ("__getitem__", "__setitem__", "masked_fill_", "topk", "nonzero")),
+        (torch.Tensor, ("__getitem__", "__setitem__", "index_fill_", "topk", "nonzero")),
         (torch, ("zeros", "stack")),
     ):
         for name in names:
             clock.wrap(owner, name, "transfer")
-    for owner, names in ((writer, ("law", "draw")), (torch.Tensor, ("argmax", "tolist"))):
+    for owner, names in ((writer, ("law", "draw")), (torch.Tensor, ("softmax", "max", "amax", "tolist"))):
         for name in names:
             clock.wrap(owner, name, "any draft")
     clock.wrap(StandIn, "forward", "model")
