@@ -43,7 +43,23 @@ def _run() -> dict:
     second = engine.start(speculative_config=engine.speculation())
     engine.generate(second, texts()[:1], engine.greedy(8))
     after = {name: metric.value for name, metric in _ours(second).items()}
-    return {"first": first, "failed": failed, "after": after, "vllm": counted, "labels": labels}
+    engine.runner(second).drafter._recorder.write = fail
+    blind = (
+        engine.generate(second, texts()[:2], engine.greedy(24)),
+        engine.generate(llm, texts()[:2], engine.greedy(24)),
+    )
+    still = {name: metric.value for name, metric in _ours(second).items()}
+    accepted = engine.counters(second)["accepted"]
+    return {
+        "blind": blind,
+        "still": still == after,
+        "accepted": accepted,
+        "first": first,
+        "failed": failed,
+        "after": after,
+        "vllm": counted,
+        "labels": labels,
+    }
 
 
 def _structured(parameters: dict) -> dict:
@@ -92,3 +108,10 @@ def test_faults_are_counted_with_their_phase(metrics):
 
 def test_a_new_engine_begins_to_count_anew(metrics):
     assert 0 < metrics["after"]["draft_passes"] < metrics["first"]["draft_passes"]
+
+
+def test_metrics_that_cannot_be_written_cost_nothing_else(metrics):
+    ours, without_drafts = metrics["blind"]
+    assert ours == without_drafts
+    assert metrics["still"]
+    assert metrics["accepted"] > 0

@@ -146,8 +146,7 @@ class TokenTimingProposer:
                 for kind, tokens, seconds in costs:
                     self._length.observe(kind, tokens, seconds)
                 self.proposals = self._drafter.propose(self.batch)
-            with self.guard():
-                self._record()
+            self._record()
             self._ended = time.perf_counter()
         return self.proposals.target_ids
 
@@ -155,7 +154,11 @@ class TokenTimingProposer:
         if self._recorder is None:
             return
         assert self._drafter is not None
-        self._recorder.write({**self._drafter.numbers(), "faults": self._num_faults})
+        try:
+            self._recorder.write({**self._drafter.numbers(), "faults": self._num_faults})
+        except Exception:  # Whatever it is, it is no reason to draft less.
+            self._recorder = None
+            logger.exception("TokenTiming cannot write its metrics, which stay as they are from here on.")
 
     def _measured(self) -> list[tuple[str, int, float]]:
         """What the target's pass cost, and what those of the draft did in the step before."""
