@@ -102,14 +102,13 @@ class Recorder:
         """
         self._labels = {"model_name": model_name, "engine": str(engine)}
         self._keys: dict[tuple[str, str], str] = {}
+        self._files: dict[str, MmapedDict] = {}  # By what is written into them.
         folder = os.environ.get(FOLDER, "")
-        self._files: list[tuple[Mapping[str, tuple[str | None, str]], str, MmapedDict]] = []
-        if Path(folder).is_dir() and folder:
+        if folder and Path(folder).is_dir():
             name = f"tokentiming-{os.getpid()}.db"
-            self._files = [
-                (COUNTERS, "_total", MmapedDict(os.path.join(folder, f"counter_{name}"))),
-                (GAUGES, "", MmapedDict(os.path.join(folder, f"gauge_livesum_{name}"))),
-            ]
+            counters = MmapedDict(os.path.join(folder, f"counter_{name}"))
+            gauges = MmapedDict(os.path.join(folder, f"gauge_livesum_{name}"))
+            self._files = {**dict.fromkeys(COUNTERS, counters), **dict.fromkeys(GAUGES, gauges)}
 
     def write(self, values: Mapping[str, float | Mapping[str, float]]) -> None:
         """Write what everything stands at.
@@ -118,15 +117,17 @@ class Recorder:
             values: For names of ``COUNTERS`` and ``GAUGES``, the number since the start, or one for each value of the
                 label.
         """
-        for described, suffix, file in self._files:
-            for name in described.keys() & values.keys():
-                value = values[name]
-                for label, number in value.items() if isinstance(value, Mapping) else [("", value)]:
-                    key = self._keys.get((name, label)) or self._key(name, label, suffix, *described[name])
-                    file.write_value(key, number, 0.0)
+        if not self._files:
+            return
+        for name, value in values.items():
+            for label, number in value.items() if isinstance(value, Mapping) else [("", value)]:
+                key = self._keys.get((name, label)) or self._key(name, label)
+                self._files[name].write_value(key, number, 0.0)
 
-    def _key(self, name: str, label: str, suffix: str, label_name: str | None, text: str) -> str:
+    def _key(self, name: str, label: str) -> str:
+        label_name, text = (COUNTERS | GAUGES)[name]
         labels = {**self._labels, **({label_name: label} if label_name else {})}
-        key: str = mmap_key(_PREFIX + name, _PREFIX + name + suffix, list(labels), list(labels.values()), text)
+        sample = _PREFIX + name + ("_total" if name in COUNTERS else "")
+        key: str = mmap_key(_PREFIX + name, sample, list(labels), list(labels.values()), text)
         self._keys[name, label] = key
         return key
