@@ -43,10 +43,10 @@ class Committed:
         target_ids: ``[>= num_target] int32``; prompt and output.
         num_target: How many of them are committed.
         max_proposals: Most target tokens to propose now; 0 while the target itself still reads the prompt.
-        greedy: Whether the target takes its likeliest tokens.
-        reading: Whether the target still reads the prompt; the draft then reads along.
         sampling: How the draft is to be drawn; ``None`` for a greedy request, or one whose proposals vLLM may cut by
             looking at them.
+        greedy: Whether the target takes its likeliest tokens.
+        reading: Whether the target still reads the prompt; the draft then reads along.
         reproducible: Whether what is proposed must not depend on what else runs.
         cache_salt: As in vLLM: only requests with the same one share what the draft has read; "" if the user gave
             none. ``None`` if it is not known; then nothing is shared.
@@ -190,13 +190,13 @@ class Drafter:
         Raises:
             IndexError: An id is outside its vocabulary.
         """
-        began = time.perf_counter()
         self.clock.enter("context")
-        proposals = self._propose(batch, began)
+        proposals = self._propose(batch)
         self.clock.enter("")
         return proposals
 
-    def _propose(self, batch: Sequence[Committed], began: float) -> Proposals:
+    def _propose(self, batch: Sequence[Committed]) -> Proposals:
+        began = time.perf_counter()
         self.costs = []
         requests = [self._request(committed) for committed in batch]
         target_ids: list[list[int]] = [[] for _ in batch]

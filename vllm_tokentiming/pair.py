@@ -114,8 +114,12 @@ class VocabularyPair:
             ValueError: An override names a token that is not special.
         """
         special = SpecialMap.between(target.special, draft.special, overrides or {}, unmapped)
-        turns = Turns.between(target.turns, draft.turns, target.special.by_text, draft.special.by_text, target.encoder)
-        return cls(target, draft, special, window, turns if own_turns else Turns())
+        turns = Turns()
+        if own_turns:
+            turns = Turns.between(
+                target.turns, draft.turns, target.special.by_text, draft.special.by_text, target.encoder
+            )
+        return cls(target, draft, special, window, turns)
 
     @property
     def draft_prefix(self) -> list[int]:

@@ -177,9 +177,11 @@ class TokenTimingProposer:
         try:
             yield
         except Exception as error:
-            self._num_faults[self._drafter.clock.phase or "batch" if self._drafter else "batch"] += 1
+            phase = ""
             if self._drafter is not None:
+                phase = self._drafter.clock.phase
                 self._drafter.release_all()
+            self._num_faults[phase or "batch"] += 1  # Outside of the drafter's phases, the batch is taken over.
             where = traceback.extract_tb(error.__traceback__)[-1]
             kind = f"{type(error).__name__} in {where.filename}, line {where.lineno}"
             if kind not in self._faults:
