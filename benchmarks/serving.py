@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -21,13 +22,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import workloads
 from grid import VLLM_METHODS, with_draft
 from pass_times import ENVIRONMENT
 from provenance import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
-START_SECONDS = 300
+START_SECONDS, STOP_SECONDS = 300, 30
 PERCENTILES = "50,90,99"
 
 
@@ -44,38 +46,53 @@ def vllm(*arguments: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def server(target: Path, speculative: dict[str, Any] | None, options: argparse.Namespace, log: Path) -> Iterator[str]:
-    """A running server; gives its address."""
+def server(
+    target: Path, speculative: dict[str, Any] | None, log: Path, *arguments: str
+) -> Iterator[tuple[psutil.Popen, str]]:
+    """A running server: its process and address.
+
+    Args:
+        target: The model.
+        speculative: Its speculative configuration.
+        log: File for what it prints.
+        arguments: Of `vllm serve`, besides.
+    """
     port = free_port()
     command = vllm(
-        "serve", str(target), "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
-        "--max-model-len", "2048", "--max-num-seqs", str(options.max_num_seqs), "--enforce-eager",
-        "--no-enable-prefix-caching",
+        "serve", str(target), "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
+        *arguments,
     )  # fmt: skip
     if speculative is not None:
         command += ["--speculative-config", json.dumps(speculative)]
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    with (
-        log.open("w") as file,
-        subprocess.Popen(command, env={**environment, **os.environ}, stdout=file, stderr=subprocess.STDOUT) as process,
-    ):
+    with log.open("w") as file:
+        process = psutil.Popen(
+            command,
+            env={**environment, **os.environ}, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
         try:
             url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS
-            while not _healthy(url):
+            while fetch(f"{url}/health") is None:
                 if process.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit(f"The server did not start:\n{log.read_text()[-4000:]}")
+                    raise SystemExit(f"The server did not start:\n{log.read_text(errors='replace')[-4000:]}")
                 time.sleep(0.5)
-            yield url
+            yield process, url
         finally:
-            process.terminate()
+            with contextlib.suppress(psutil.Error):
+                process.terminate()
+                process.wait(STOP_SECONDS)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
-def _healthy(url: str) -> bool:
+def fetch(url: str) -> str | None:
+    """A page, or `None` if there is no answer."""
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=2):
-            return True
+        with urllib.request.urlopen(url, timeout=30) as page:
+            return str(page.read().decode())
     except OSError:
-        return False
+        return None
 
 
 def bench(url: str, rate: float, options: argparse.Namespace, dataset: Path) -> dict[str, Any]:
@@ -113,13 +130,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     loaded = workloads.load(options.workload, options.num_prompts, options.characters)
+    room = ["--max-model-len", "2048", "--max-num-seqs", str(options.max_num_seqs), "--no-enable-prefix-caching"]
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         dataset = Path(folder) / "prompts.jsonl"
         dataset.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in loaded["prompts"]))
         for method in options.methods:
             speculative = with_draft(method, options.proposals, options.draft, options.same_vocabulary_draft)
-            with server(options.target, speculative, options, Path(folder) / "server.log") as url:
+            with server(options.target, speculative, Path(folder) / "server.log", *room) as (_, url):
                 for rate in options.rates:
                     result = bench(url, rate, options, dataset)
                     runs.append({"method": method, "rate": rate, "result": result})

@@ -17,32 +17,28 @@ import contextlib
 import json
 import os
 import re
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import psutil
 import workloads
-from pass_times import ENVIRONMENT
 from prometheus_client.parser import text_string_to_metric_families
 from provenance import provenance
-from serving import ROOT, START_SECONDS, free_port, vllm
+from serving import ROOT, fetch, server
 from soak_requests import BASE, FINISH, PATHS, REFUSE, Changed, Choice, NearTie, Reference, Request, Requests, Wrong
 from tokenizers import Tokenizer
 
 MAX_LEN, BLOCK, SEQUENCES = 512, 32, 16
 TARGET_BLOCKS, DRAFT_BLOCKS = 40, 45  # A request of the greatest length needs 16.
 LENGTHS, WRITTEN = (1, 30, 250), 48  # Tokens of the greedy requests' prompts, and of their outputs.
-STOP_SECONDS, REST_SECONDS, WATCH_SECONDS = 30, 60, 2
+REST_SECONDS, WATCH_SECONDS = 60, 2
 FLAT = 0.02  # Growth of the memory from the middle to the end that may be chance.
 LOGGED = re.compile(r"(WARNING|ERROR) \S+ \S+ \[(\S+)\] (Token\S+|Missing cached draft probabilities|)")
 EXAMPLES = 5  # Of everything that goes wrong, in the report.
@@ -65,49 +61,13 @@ def speculation(draft: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@contextlib.contextmanager
-def server(
-    options: argparse.Namespace, speculative: dict[str, Any] | None, log: Path
-) -> Iterator[tuple[psutil.Popen, str]]:
-    """A running server under pressure: its process and address."""
-    port = free_port()
-    command = vllm(
-        "serve", str(options.target), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", BASE["model"],
-        "--dtype", "float32", "--max-model-len", str(MAX_LEN), "--block-size", str(BLOCK), "--enforce-eager",
-        "--max-num-seqs", str(SEQUENCES), "--max-num-batched-tokens", str(options.max_num_batched_tokens),
+def pressure(max_num_batched_tokens: int) -> list[str]:
+    """Arguments of a server that has too little of everything."""
+    return [
+        "--served-model-name", BASE["model"], "--max-model-len", str(MAX_LEN), "--block-size", str(BLOCK),
+        "--max-num-seqs", str(SEQUENCES), "--max-num-batched-tokens", str(max_num_batched_tokens),
         "--num-gpu-blocks-override", str(TARGET_BLOCKS), "--disable-uvicorn-access-log",
-    )  # fmt: skip
-    if speculative is not None:
-        command += ["--speculative-config", json.dumps(speculative)]
-    environment = {name: value for name, value in ENVIRONMENT.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    with log.open("w") as file:
-        process = psutil.Popen(
-            command,
-            env={**environment, **os.environ}, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS
-            while fetch(f"{url}/health") is None:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit(f"The server did not start:\n{log.read_text(errors='replace')[-4000:]}")
-                time.sleep(0.5)
-            yield process, url
-        finally:
-            with contextlib.suppress(psutil.Error):
-                process.terminate()
-                process.wait(STOP_SECONDS)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-def fetch(url: str) -> str | None:
-    """A page, or `None` if there is no answer."""
-    try:
-        with urllib.request.urlopen(url, timeout=30) as page:
-            return str(page.read().decode())
-    except OSError:
-        return None
+    ]  # fmt: skip
 
 
 def metrics(url: str, wanted: tuple[str, ...] = WATCHED) -> dict[str, float]:
@@ -397,13 +357,14 @@ def main() -> int:
     tokenizer = Tokenizer.from_file(str(options.target / "tokenizer.json"))
     speculative = None if options.plain else speculation(options.draft)
     with tempfile.TemporaryDirectory() as folder:
-        with server(options, None, Path(folder) / "plain.log") as (_, url):
+        arguments = pressure(options.max_num_batched_tokens)
+        with server(options.target, None, Path(folder) / "plain.log", *arguments) as (_, url):
             references = write_references(url, texts, tokenizer)
         print(f"{len(references)} expected outputs", flush=True)
         seeds = options.max_num_batched_tokens >= SEQUENCES * MAX_LEN
         requests = Requests(options.seed, tokenizer, texts, references, MAX_LEN, speculative is not None, seeds)
         log = Path(folder) / "server.log"
-        with server(options, speculative, log) as (process, url):
+        with server(options.target, speculative, log, *arguments) as (process, url):
             found = asyncio.run(Soak(process, url, requests, options).run())
         # Without what is this machine's.
         lines = log.read_text(errors="replace").replace(f"{ROOT}/", "").replace(sys.base_prefix, "").splitlines()
