@@ -2,8 +2,8 @@
 
     python benchmarks/report.py --suite benchmarks/results/suite [--exactness exact.jsonl] [--acceptance acc.json] ...
 
-Every number in it comes from a file, and every sentence with a number is put together here. What a person has to say
-stands in `findings.md`, which is included.
+Every measured number in it comes from a file, and every sentence with one is put together here. What a person has to
+say stands in `findings.md`, which is included.
 """
 
 import argparse
@@ -222,7 +222,10 @@ def main() -> None:
     options = parser.parse_args()
     files = read(options.suite)
     measured = compare(files, options.clock)
-    parts = ["# Results\n\nWritten by `benchmarks/report.py` from the benchmarks' files; no number is typed in.\n"]
+    parts = [
+        "# Results\n\nWritten by `benchmarks/report.py` from the benchmarks' files. Numbers come from these, but for "
+        "those that\n`findings.md` quotes from elsewhere, with their source.\n"
+    ]
     parts += suite_sections(measured, options.out.parent / "plots")
     for name, (title, reader) in SECTIONS.items():
         if path := getattr(options, name):
