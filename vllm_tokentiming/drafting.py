@@ -211,7 +211,12 @@ class Drafter:
         if could and not chains:
             return Proposals(target_ids)
         present = {id(request) for request in requests}
-        wanted = [index for index, committed in enumerate(batch) if index in chains or committed.reading]
+        reads = self._length.reads()
+        wanted = [
+            index
+            for index, committed in enumerate(batch)
+            if index in chains or (committed.reading and (reads or committed.reproducible))
+        ]
         for index in wanted:
             if index not in followed:
                 self._follow(requests[index], batch[index])
@@ -231,12 +236,15 @@ class Drafter:
         self._writer.begin(drafts)
         logits = torch.stack([logits_of[id(requests[draft.index])] for draft in drafts])
         self._draft(drafts, requests, logits, began, num_read)
+        written = time.perf_counter()
         self._writer.finish(drafts)
         for draft in drafts:
             request = requests[draft.index]
             request.drafted, request.chain = Drafted(draft.draft_ids, draft.proxy), draft.chain
             target_ids[draft.index] = draft.proxy.target_ids[: draft.max_proposals]
             self.counts.proposed += len(target_ids[draft.index])
+        kind, num_tokens, seconds = self.costs[0]
+        self.costs[0] = (kind, num_tokens, seconds + time.perf_counter() - written)
         return Proposals(target_ids, self._writer.q, [batch[draft.index].request_id for draft in drafts])
 
     def _chains(self, batch: Sequence[Committed], requests: Sequence[_Request]) -> dict[int, Chain]:
