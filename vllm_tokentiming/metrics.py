@@ -102,6 +102,7 @@ class Recorder:
         """
         self._labels = {"model_name": model_name, "engine": str(engine)}
         self._keys: dict[tuple[str, str], str] = {}
+        self._written: dict[tuple[str, str], float] = {}
         self._files: dict[str, MmapedDict] = {}  # By what is written into them.
         folder = os.environ.get(FOLDER, "")
         if folder and Path(folder).is_dir():
@@ -121,8 +122,10 @@ class Recorder:
             return
         for name, value in values.items():
             for label, number in value.items() if isinstance(value, Mapping) else [("", value)]:
-                key = self._keys.get((name, label)) or self._key(name, label)
-                self._files[name].write_value(key, number, 0.0)
+                if self._written.get((name, label)) != number:
+                    self._written[name, label] = number
+                    key = self._keys.get((name, label)) or self._key(name, label)
+                    self._files[name].write_value(key, number, 0.0)
 
     def _key(self, name: str, label: str) -> str:
         label_name, text = (COUNTERS | GAUGES)[name]
