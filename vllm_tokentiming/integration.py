@@ -144,16 +144,18 @@ def _take_over(runner: Any, scheduler_output: Any, sampled_token_ids: list[list[
     proposer, requests, batch = runner.drafter, runner.requests, runner.input_batch
     # A request that ends is gone from `requests`; if another one took its id in the same step, its state is another
     # object. A preempted one keeps both, and loses its blocks.
-    gone = {request_id for request_id, owner in proposer.owners.items() if requests.get(request_id) is not owner}
-    proposer.release(gone | (scheduler_output.preempted_req_ids or set()))
-    proposer.owners = {request_id: requests[request_id] for request_id in requests}
-    salts = {request_id: salt for request_id, salt in proposer.cache_salts.items() if request_id not in gone}
-    proposer.cache_salts = salts | compat.cache_salts(scheduler_output)
+    gone = [request_id for request_id, owner in proposer.owners.items() if requests.get(request_id) is not owner]
+    proposer.release([*gone, *(scheduler_output.preempted_req_ids or ())])
+    for request_id in gone:
+        for known in (proposer.owners, proposer.cache_salts, proposer.samplings):
+            known.pop(request_id, None)
+    proposer.cache_salts.update(compat.cache_salts(scheduler_output))
 
     committed = []
     for index, request_id in enumerate(batch.req_ids):
         num_target = int(batch.num_tokens_no_spec[index])
-        request = requests[request_id]
+        request = proposer.owners[request_id] = requests[request_id]
+        parameters = request.sampling_params
         if request.prompt_embeds is not None:  # There are no prompt tokens that the draft could read.
             num_target = 0
         max_proposals = 0
@@ -161,10 +163,13 @@ def _take_over(runner: Any, scheduler_output: Any, sampled_token_ids: list[list[
             max_proposals = min(
                 runner.num_spec_tokens,
                 runner.max_model_len - num_target - 1,
-                request.sampling_params.max_tokens - (num_target - request.num_prompt_tokens) - 1,
+                parameters.max_tokens - (num_target - request.num_prompt_tokens) - 1,
             )
-        sampling = _sampling(request, proposer.seed)
-        greedy = request.sampling_params.temperature < _GREEDY_BELOW
+        known, sampling = proposer.samplings.get(request_id, (None, None))
+        if known is not parameters:
+            sampling = _sampling(request_id, parameters, proposer.seed)
+            proposer.samplings[request_id] = parameters, sampling
+        greedy = parameters.temperature < _GREEDY_BELOW
         committed.append(
             Committed(
                 request_id,
@@ -175,21 +180,20 @@ def _take_over(runner: Any, scheduler_output: Any, sampled_token_ids: list[list[
                 greedy=greedy,
                 reading=not sampled_token_ids[index],
                 # A greedy request writes the same text whatever is proposed.
-                reproducible=request.sampling_params.seed is not None and not greedy,
+                reproducible=parameters.seed is not None and not greedy,
                 cache_salt=proposer.cache_salts.get(request_id),
             )
         )
     return committed
 
 
-def _sampling(request: Any, draft_seed: int) -> DraftSampling | None:
+def _sampling(request_id: str, parameters: Any, draft_seed: int) -> DraftSampling | None:
     """How to draw a request's draft; ``None`` if its proposals are to be verified as one-hot."""
-    parameters = request.sampling_params
     # vLLM cuts proposals at the first token that the grammar forbids: a choice that looks at the tokens.
     if parameters.temperature < _GREEDY_BELOW or parameters.structured_outputs is not None:
         return None
     return DraftSampling(
-        seed_of(request.req_id, parameters.seed, draft_seed),
+        seed_of(request_id, parameters.seed, draft_seed),
         parameters.temperature,
         max(parameters.top_k, 0),
         parameters.top_p,

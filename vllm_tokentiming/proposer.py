@@ -56,6 +56,7 @@ class TokenTimingProposer:
         self.proposals = Proposals([])  # Taken by the integration after each call.
         self.owners: dict[str, Any] = {}  # vLLM's state object of each request, which tells a reused id apart.
         self.cache_salts: dict[str, str] = {}  # Of each request for which it is known; "" for none.
+        self.samplings: dict[str, tuple[Any, Any]] = {}  # Of each request: vLLM's parameters, and the draft's.
         self._drafter: Drafter | None = None
         self._length = AdaptiveLength() if self._settings.adaptive_length else FixedLength()
         self._ended: float | None = None  # When the last call returned.
