@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from vllm_tokentiming.pair import Vocabulary, VocabularyPair
+from vllm_tokentiming.token_bytes import TokenBytes
 
 MODELS = Path(__file__).resolve().parent.parent / "examples" / "models"
 EMBEDDED = ("embedded_target", "embedded_draft")
@@ -152,3 +153,9 @@ fragments = st.sampled_from(
 )
 texts = st.lists(fragments | st.text(max_size=4), max_size=12).map("".join)
 data_bytes = st.lists(st.binary(max_size=6) | texts.map(str.encode), max_size=4).map(b"".join)
+
+
+def spellable(token_bytes: TokenBytes, data: bytes) -> bytes:
+    """What is left of some bytes in a vocabulary that has not all 256."""
+    missing = bytes(byte for byte, token_id in enumerate(token_bytes.byte_ids()) if token_id < 0)
+    return data.translate(None, missing)
