@@ -4,7 +4,6 @@ import unicodedata
 
 import numpy as np
 import pytest
-import tiktoken
 from conftest import EMBEDDED, EXACT, LOSSY, cases, examples, load_tokenizer, load_vocabulary, need, own_ids
 from hypothesis import given
 from hypothesis import strategies as st
@@ -202,33 +201,6 @@ def test_an_id_outside_the_vocabulary_is_an_index_error_and_not_another_token(to
         token_bytes.decode([0, token_id])
 
 
-# Ranks, as tiktoken and tekken have them.
-
-RANKS = {bytes([byte]): byte for byte in range(256)} | {
-    b"th": 256,
-    b"the": 257,
-    b" the": 258,
-    b"\xe4\xb8": 259,
-}
-TIKTOKEN = tiktoken.Encoding("tiny", pat_str=r" ?\S+|\s+", mergeable_ranks=RANKS, special_tokens={"<|end|>": 260})
-
-
-@given(st.text())
-@examples(100)
-def test_ranks_spell_what_tiktoken_encodes(text):
-    token_bytes = TokenBytes.from_ranks(RANKS, {"<|end|>": 260}, head_size=264)
-    ids = TIKTOKEN.encode(text, disallowed_special=())
-    assert token_bytes.decode(ids) == text.encode("utf-8", "replace")
-    assert token_bytes.decode(ids) == TIKTOKEN.decode_bytes(ids)
-
-
-def test_the_special_tokens_of_ranks_have_no_bytes():
-    token_bytes = TokenBytes.from_ranks(RANKS, {"<|end|>": 260}, head_size=264)
-    assert token_bytes.special == {260: "<|end|>"}
-    assert token_bytes.pieces[256:] == [b"th", b"the", b" the", b"\xe4\xb8", None, None, None, None]
-    assert token_bytes.byte_ids() == list(range(256))
-
-
 # Fingerprints.
 
 
@@ -239,8 +211,9 @@ def fingerprint(pieces, special=None, head_size=0):
 def test_equal_vocabularies_have_equal_fingerprints_however_they_were_read():
     ordinary = byte_level("th")
     ordinary.add_special_tokens([AddedToken("<|end|>", special=True)])
-    ranks = {bytes([byte]): byte for byte in range(256)} | {b"th": 256}
-    read, listed = TokenBytes.from_tokenizer(ordinary), TokenBytes.from_ranks(ranks, {"<|end|>": 257})
+    pieces = {byte: bytes([byte]) for byte in range(256)} | {256: b"th"}
+    listed = TokenBytes(pieces, {257: "<|end|>"}, VocabularyKind.BYTE_LEVEL, 0)
+    read = TokenBytes.from_tokenizer(ordinary)
     assert read.fingerprint == listed.fingerprint
     assert fingerprint({0: b"a", 1: b"b"}) == fingerprint({1: b"b", 0: b"a"})
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm_tokentiming.inspection import SAMPLE, as_text, inspect
 from vllm_tokentiming.pair import Vocabulary, VocabularyPair
+from vllm_tokentiming.ranks import fast_tokenizer
 from vllm_tokentiming.turns import chat_template
 
 
@@ -32,9 +33,12 @@ def load_vocabulary(name: str) -> Vocabulary:
             tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"cannot load the tokenizer of {name!r}: {str(error).strip().splitlines()[0]}") from error
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend = fast_tokenizer(tokenizer)
     if backend is None:
-        raise ValueError(f"{name!r} has no tokenizer.json ({type(tokenizer).__name__}); convert it to a fast tokenizer")
+        raise ValueError(
+            f"{name!r} ({type(tokenizer).__name__}) has neither a tokenizer.json nor a list as tiktoken's or tekken's; "
+            "convert it to a fast tokenizer"
+        )
     try:
         head_size = int(getattr(AutoConfig.from_pretrained(name), "vocab_size", 0))
     except (OSError, ValueError, KeyError):

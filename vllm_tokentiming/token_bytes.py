@@ -116,21 +116,6 @@ class TokenBytes:
         pieces.update({i: token.content.encode() for i, token in added.items()})
         return cls(pieces, special, kind, head_size)
 
-    @classmethod
-    def from_ranks(cls, ranks: Mapping[bytes, int], special: Mapping[str, int], head_size: int = 0) -> TokenBytes:
-        """Read a tiktoken or tekken vocabulary.
-
-        Args:
-            ranks: Id of each byte string (``mergeable_ranks``).
-            special: Id of each special token's text.
-            head_size: Rows of the model's head; 0 if unknown.
-
-        Returns:
-            The bytes of every id.
-        """
-        pieces = {rank: piece for piece, rank in ranks.items()}
-        return cls(pieces, {i: text for text, i in special.items()}, VocabularyKind.BYTE_LEVEL, head_size)
-
     def decode(self, token_ids: Iterable[int]) -> bytes:
         """Concatenate the bytes of ``token_ids``; special tokens add nothing.
 

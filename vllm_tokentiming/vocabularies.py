@@ -9,6 +9,7 @@ from vllm.tokenizers import get_tokenizer
 
 from vllm_tokentiming.config import SettingsError, TokenTimingConfig
 from vllm_tokentiming.pair import Vocabulary, VocabularyPair
+from vllm_tokentiming.ranks import fast_tokenizer
 from vllm_tokentiming.turns import chat_template
 
 
@@ -55,11 +56,11 @@ def _vocabulary(model: ModelConfig, role: str) -> Vocabulary:
             f"tokentiming cannot load the {role}'s tokenizer {model.tokenizer!r}; put a tokenizer.json into that "
             f"folder{hint}. transformers says: {str(error).strip().splitlines()[0]}"
         ) from error
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend = fast_tokenizer(tokenizer)
     if backend is None:
         raise SettingsError(
             f"tokentiming cannot read the {role}'s tokenizer {model.tokenizer!r} ({type(tokenizer).__name__}): it has "
-            f"no tokenizer.json; convert it to a fast tokenizer{hint}."
+            f"neither a tokenizer.json nor a list as tiktoken's or tekken's; convert it to a fast tokenizer{hint}."
         )
     head_size = model.get_vocab_size()
     try:
