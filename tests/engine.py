@@ -122,8 +122,8 @@ def greedy(max_tokens: int = 24, **parameters: Any) -> Any:
 
 
 def generate(llm: Any, prompts: list[Any], parameters: Any) -> list[list[int]]:
-    """The output ids of each prompt: a text, or a list of token ids."""
-    requests = [prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt} for prompt in prompts]
+    """The output ids of each prompt: a text, a list of token ids, or what else vLLM takes."""
+    requests = [{"prompt_token_ids": prompt} if isinstance(prompt, list) else prompt for prompt in prompts]
     return [list(output.outputs[0].token_ids) for output in llm.generate(requests, parameters, use_tqdm=False)]
 
 

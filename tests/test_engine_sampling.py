@@ -21,6 +21,7 @@ SCHEMA = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
+GRAMMAR = 'root ::= "(" word (", " word)* ")"\nword ::= [a-z]+ | "(" word ")"'
 # With temperature 0 unless they say otherwise; with top_k 1 nothing is left to chance either.
 DETERMINISTIC = {
     "greedy": {},
@@ -39,6 +40,8 @@ DETERMINISTIC = {
     "allowed ids": {"allowed_token_ids": list(range(150, 900))},
     "regular expression": {"structured_outputs": {"regex": "[a-z]{3,9} [a-z]{2,12}\\."}, "ignore_eos": False},
     "JSON schema": {"structured_outputs": {"json": SCHEMA}, "max_tokens": 60, "ignore_eos": False},
+    "grammar": {"structured_outputs": {"grammar": GRAMMAR}, "ignore_eos": False},
+    "choice": {"structured_outputs": {"choice": ["yes, of course", "yes", "да"]}, "ignore_eos": False},
     "top-k of one": {"temperature": 1.0, "top_k": 1},
     "top-k of one, top-p": {"temperature": 0.7, "top_k": 1, "top_p": 0.9},
     "tiny top-p": {"temperature": 0.7, "top_p": 1e-6},
@@ -52,6 +55,7 @@ SAMPLED = {
     "two outputs": {"temperature": 0.8, "n": 2},
     "log probabilities": {"temperature": 0.8, "logprobs": 2},
 }
+REFUSED = {"min-p": {"temperature": 0.8, "min_p": 0.1}, "logit bias": {"logit_bias": {300: 5.0}}}
 MAX_TOKENS = 24
 
 
@@ -113,11 +117,34 @@ def _beside_another(llm, **parameters) -> list[int]:
                 return list(output.outputs[0].token_ids)
 
 
+def _refusals(llm) -> dict[str, str]:
+    """What vLLM says to requests that it refuses."""
+    from vllm.exceptions import VLLMValidationError
+
+    found = {}
+    for name, given in REFUSED.items():
+        try:
+            llm.generate(PROMPTS[0], _parameters(given), use_tqdm=False)
+        except VLLMValidationError as error:
+            found[name] = str(error)
+    return found
+
+
+def _from_embeddings(llm) -> list[list[int]]:
+    """What follows prompts that are given as vectors, greedily."""
+    from safetensors.torch import load_file
+
+    vectors = load_file(f"{engine.TARGET}/model.safetensors")["model.embed_tokens.weight"].float()
+    prompts = [{"prompt_embeds": vectors[llm.get_tokenizer().encode(prompt)]} for prompt in PROMPTS]
+    return engine.generate(llm, prompts, engine.greedy(MAX_TOKENS))
+
+
 def write_everything() -> dict:
     """In a fresh process: every case with a plain engine and with ours."""
-    plain = engine.start()
-    ours = engine.start(speculative_config=engine.speculation())
-    result = {}
+    plain = engine.start(enable_prompt_embeds=True)
+    ours = engine.start(enable_prompt_embeds=True, speculative_config=engine.speculation())
+    result: dict = {"refused": _refusals(ours)}
+    result["embeddings"] = [_from_embeddings(llm) for llm in (plain, ours)]
     # Alone, so that the step after its prompt has no proposals for anybody.
     lone = ours.generate(PROMPTS[0], _parameters({"temperature": 0.9, "top_k": 20}), use_tqdm=False)
     result["lone top-k"] = _described(lone[0])
@@ -169,6 +196,17 @@ def test_stop_strings_end_the_text_where_plain_decoding_ends_it(written, case):
     assert _only(outputs, "text") == _only(expected, "text")
     assert _only(outputs, "end") == _only(expected, "end")
     assert "stop" in _only(outputs, "end")
+
+
+def test_what_vllm_does_not_speculate_with_is_refused_in_words(written):
+    assert set(written["refused"]) == set(REFUSED)
+    assert all("speculative" in text for text in written["refused"].values())
+
+
+def test_prompts_given_as_vectors_are_written_on_without_proposals(written):
+    plain, ours = written["embeddings"]
+    assert ours == plain
+    assert written["faults"] == 0
 
 
 def test_the_cases_do_what_they_say(written):
