@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import engine
 import pytest
 from engine_prompts import texts
@@ -13,9 +15,10 @@ CALLS = (2, 4, 9, 15, 25)
 
 
 class Broken:
-    """Makes some calls of a method fail."""
+    """Makes some calls of a method fail, or return no numbers."""
 
-    def __init__(self, owner: object, name: str) -> None:
+    def __init__(self, owner: object, name: str, calls: Container[int] = CALLS, spoils: bool = False) -> None:
+        self._calls, self._spoils = calls, spoils
         self._owner, self._name, self._whole = owner, name, getattr(owner, name)
         self.num_calls = self.num_raised = 0
         self._error = type(f"Broken_{name}", (RuntimeError,), {})  # Another kind of fault for each method.
@@ -23,9 +26,11 @@ class Broken:
 
     def __call__(self, *arguments, **keywords):
         self.num_calls += 1
-        if self.num_calls in CALLS:
+        if self.num_calls in self._calls:
             self.num_raised += 1
-            raise self._error(f"{self._name} was made to fail, call {self.num_calls}")
+            if not self._spoils:
+                raise self._error(f"{self._name} was made to fail, call {self.num_calls}")
+            return self._whole(*arguments, **keywords) * float("nan")
         return self._whole(*arguments, **keywords)
 
     def mend(self) -> None:
@@ -34,6 +39,8 @@ class Broken:
 
 def break_everything() -> dict:
     """In a fresh process: the same prompts while one thing after the other fails now and then."""
+    from vllm import SamplingParams
+
     from vllm_tokentiming import integration
 
     prompts = texts(None)[::13]
@@ -57,14 +64,21 @@ def break_everything() -> dict:
     result["whole"] = write()
     for kind, owner, name in (
         ("pass of the draft", drafter._model, "forward"),
+        ("logits of the draft", drafter._model, "forward"),
         ("tokenizer of the target", drafter._pair.target.encoder, "encode"),
         ("tokenizer of the draft", drafter._pair.draft.encoder, "encode_tail"),
         ("reading of vLLM's state", integration, "_take_over"),
     ):
-        broken = Broken(owner, name)
+        broken = Broken(owner, name, spoils=kind == "logits of the draft")
         result[kind] = write() | {"raised": broken.num_raised}
         broken.mend()
         result[kind + ", mended"] = write()
+    broken = Broken(drafter._model, "forward", calls=range(10**9), spoils=True)
+    result["always"] = write() | {"tried": broken.num_raised}
+    sampled = [SamplingParams(temperature=0.8, max_tokens=32, ignore_eos=True) for _ in prompts]
+    result["always, sampled"] = engine.generate(llm, prompts, sampled)
+    broken.mend()
+    result["in the end"] = [write() for _ in range(2)][-1]
     drafter.release_all()
     result["blocks held"] = num_blocks - pool.num_free_blocks
     return result
@@ -77,8 +91,11 @@ def broken():
 
 KINDS = pytest.mark.parametrize(
     "kind",
-    ["pass of the draft", "tokenizer of the target", "tokenizer of the draft", "reading of vLLM's state"],
-)
+    [
+        "pass of the draft", "logits of the draft", "tokenizer of the target", "tokenizer of the draft",
+        "reading of vLLM's state",
+    ],
+)  # fmt: skip
 
 
 @KINDS
@@ -100,6 +117,13 @@ def test_speculation_goes_on_after_a_fault(broken, kind):
     mended = broken[kind + ", mended"]
     assert mended["outputs"] == broken["plain"]
     assert mended["accepted"] == broken["whole"]["accepted"]
+
+
+def test_a_draft_that_is_broken_for_good_is_tried_ever_more_rarely_and_changes_nothing(broken):
+    assert broken["always"]["outputs"] == broken["plain"]
+    assert 0 < broken["always"]["tried"] < 16
+    assert all(len(target_ids) == 32 for target_ids in broken["always, sampled"])
+    assert broken["in the end"]["accepted"] > 0
 
 
 def test_a_fault_leaves_no_blocks_behind(broken):

@@ -1,7 +1,7 @@
 """The proposer that vLLM loads in every worker: settings and vLLM's batch in, target tokens out.
 
 A fault of ours costs the step its proposals, never a request: it is logged once per place, all draft state is thrown
-away, and the next step starts afresh.
+away, and the next step starts afresh, or a later one if faults go on.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")
 
+_MOST_STEPS_OFF = 256  # After faults without end.
+
 
 class TokenTimingProposer:
     """vLLM's ``custom_class`` proposer (``vllm/v1/spec_decode/custom_class_proposer.py``)."""
@@ -63,6 +65,7 @@ class TokenTimingProposer:
         self._seen: set[str] = set()  # The requests that it was for.
         self._faults: set[str] = set()
         self._num_faults: Counter[str] = Counter()  # By phase.
+        self._faults_in_a_row = self._steps_off = 0
         self._recorder: Recorder | None = None
         integration.install()
 
@@ -143,10 +146,14 @@ class TokenTimingProposer:
         # Outside of what may fail: a rank that left this out would keep the others waiting.
         costs = integration.agree(self._measured())
         if len(self.batch) == len(sampled_token_ids):  # Not so in a warm-up run of vLLM's, or after a fault.
-            with self.guard():
-                for kind, tokens, seconds in costs:
-                    self._length.observe(kind, tokens, seconds)
-                self.proposals = self._drafter.propose(self.batch)
+            if self._steps_off:
+                self._steps_off -= 1
+            else:
+                with self.guard():
+                    for kind, tokens, seconds in costs:
+                        self._length.observe(kind, tokens, seconds)
+                    self.proposals = self._drafter.propose(self.batch)
+                    self._faults_in_a_row = 0
             self._record()
             self._ended = time.perf_counter()
         return self.proposals.target_ids
@@ -182,6 +189,9 @@ class TokenTimingProposer:
             if self._drafter is not None:
                 phase = self._drafter.clock.phase
                 self._drafter.release_all()
+            self._faults_in_a_row += 1
+            # Each new start reads all contexts again.
+            self._steps_off = min(2**self._faults_in_a_row // 8, _MOST_STEPS_OFF)
             self._num_faults[phase or "batch"] += 1  # Outside of the drafter's phases, the batch is taken over.
             where = traceback.extract_tb(error.__traceback__)[-1]
             kind = f"{type(error).__name__} in {where.filename}, line {where.lineno}"

@@ -15,6 +15,7 @@ every strategy but ``tli``, where its proposals are the greedy ones, too: one-ho
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -157,6 +158,9 @@ class Writer:
         Args:
             drafts: Requests.
             logits: ``[len(drafts), draft size]``; overwritten.
+
+        Raises:
+            FloatingPointError: They are no numbers.
         """
         logits.index_fill_(1, self._never, float("-inf"))
         drawing = [row for row, draft in enumerate(drafts) if draft.sampling]
@@ -172,6 +176,9 @@ class Writer:
         written = torch.stack([next_ids.double(), confidences.double()], dim=1).tolist()
         first_rows: list[tuple[int, int, int]] = []  # Rows of `probs` and `q`, and the position.
         row_of_probs = {row: i for i, row in enumerate(drawing)}
+        # Nothing may be verified with such a `q`.
+        if any(math.isnan(confidence) for _, confidence in written):
+            raise FloatingPointError("the draft's logits are not finite")
         for row, (draft, (drawn_id, confidence)) in enumerate(zip(drafts, written, strict=True)):
             # The token is there already, but must not be looked at for this.
             if not self._length.take(draft.chain, confidence):
