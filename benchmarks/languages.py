@@ -144,7 +144,8 @@ def tables(result: dict[str, Any]) -> str:
     """What is won in each language, in short and in full."""
     found = result["provenance"]
     parts = [
-        "# Languages\n\nWritten by `benchmarks/languages.py`, which says what is measured, and how the pair was trained.\n"
+        "# Languages\n\n"
+        "Written by `benchmarks/languages.py`, which says what is measured, and how the pair was trained.\n"
         f"Bytes per target pass, with 95 % intervals; commit {found['commit'][:10]}, {found['processor']}.\n\n"
         "## In short\n"
     ]
