@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm.config import VllmConfig
 
@@ -21,6 +21,8 @@ from vllm_tokentiming.draft.sampling import DraftSampling, seed_of
 from vllm_tokentiming.drafting import Committed
 from vllm_tokentiming.metrics import Recorder
 from vllm_tokentiming.pair import VocabularyPair
+
+T = TypeVar("T")
 
 _GREEDY_BELOW = 1e-5  # vLLM's `_SAMPLING_EPS`
 
@@ -58,11 +60,11 @@ def recorder(vllm_config: VllmConfig) -> Recorder | None:
     return Recorder(name if isinstance(name, str) else name[0], vllm_config.parallel_config.data_parallel_index)
 
 
-def agree(costs: list[tuple[str, int, float]]) -> list[tuple[str, int, float]]:
-    """What the first rank measured: all ranks have to decide alike."""
+def agree(found: T) -> T:
+    """What the first rank has found: all ranks have to decide alike."""
     from vllm.distributed import get_tp_group
 
-    agreed: list[tuple[str, int, float]] = get_tp_group().broadcast_object(costs, src=0)
+    agreed: T = get_tp_group().broadcast_object(found, src=0)
     return agreed
 
 

@@ -144,7 +144,7 @@ class TokenTimingProposer:
         assert self._drafter is not None
         self.proposals = Proposals([[] for _ in sampled_token_ids])
         # Outside of what may fail: a rank that left this out would keep the others waiting.
-        costs = integration.agree(self._measured())
+        costs, self._steps_off = integration.agree((self._measured(), self._steps_off))
         if len(self.batch) == len(sampled_token_ids):  # Not so in a warm-up run of vLLM's, or after a fault.
             if self._steps_off:
                 self._steps_off -= 1
