@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import shutil
 import sys
@@ -207,6 +208,33 @@ def test_an_encoder_is_refused_as_a_draft(front_end, tmp_path):
     config.architectures = ["BertModel"]
     config.save_pretrained(folder)
     _refused(front_end, engine.speculation(model=folder), f"cannot use {folder!r}", "decoder-only language model")
+
+
+CODE = """
+from pathlib import Path
+Path(__file__).parent.joinpath("it ran").touch()
+Path({folder!r}).joinpath("it ran").touch()
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+class Own(LlamaConfig):
+    model_type = "own"
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.mark.parametrize("part", ["config.json", "tokenizer_config.json"])
+def test_the_code_of_a_draft_does_not_run_unless_the_user_trusts_it(front_end, tmp_path, part):
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
+    folder = _copy(engine.DRAFT, tmp_path / "draft", *names)
+    described = json.loads(Path(folder, part).read_text())
+    if part == "config.json":
+        described |= {"model_type": "own", "auto_map": {"AutoConfig": "code.Own"}}
+    else:
+        described |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["code.OwnTokenizer", None]}}
+    Path(folder, part).write_text(json.dumps(described))
+    Path(folder, "code.py").write_text(CODE.format(folder=str(tmp_path)))
+    _refused(front_end, engine.speculation(model=folder), "trust_remote_code")
+    assert not (tmp_path / "it ran").exists()
 
 
 def test_a_pooling_model_is_refused_as_a_target(front_end):

@@ -26,6 +26,16 @@ class SettingsError(ValueError):
     """A setting that cannot work; the message says which, why, and what to change."""
 
 
+def reason(error: Exception) -> str:
+    """Why vLLM or transformers cannot load something, in one line; their own messages have many."""
+    errors = getattr(error, "errors", None)
+    details: Any = errors() if callable(errors) else None  # pydantic's own list
+    text = (str(details[0]["msg"]) if details else str(error)).strip()
+    if "trust_remote_code" in text:
+        return "it comes with code of its own; add --trust-remote-code (trust_remote_code=True) if you trust it"
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 class TokenTimingConfig(BaseModel):
     """Settings of one engine.
 

@@ -7,7 +7,7 @@ from typing import Any
 from vllm.config import ModelConfig
 from vllm.tokenizers import get_tokenizer
 
-from vllm_tokentiming.config import SettingsError, TokenTimingConfig
+from vllm_tokentiming.config import SettingsError, TokenTimingConfig, reason
 from vllm_tokentiming.pair import Vocabulary, VocabularyPair
 from vllm_tokentiming.ranks import fast_tokenizer
 from vllm_tokentiming.turns import chat_template
@@ -54,7 +54,7 @@ def _vocabulary(model: ModelConfig, role: str) -> Vocabulary:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingsError(
             f"tokentiming cannot load the {role}'s tokenizer {model.tokenizer!r}; put a tokenizer.json into that "
-            f"folder{hint}. transformers says: {str(error).strip().splitlines()[0]}"
+            f"folder{hint}. The reason: {reason(error)}"
         ) from error
     backend = fast_tokenizer(tokenizer)
     if backend is None:

@@ -7,12 +7,11 @@ worker.
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.utils import replace
 
-from vllm_tokentiming.config import SettingsError, TokenTimingConfig
+from vllm_tokentiming.config import SettingsError, TokenTimingConfig, reason
 
 
 def draft_model_config(settings: TokenTimingConfig, target: ModelConfig) -> ModelConfig:
@@ -45,7 +44,7 @@ def draft_model_config(settings: TokenTimingConfig, target: ModelConfig) -> Mode
     except (OSError, ValueError, KeyError) as error:
         raise SettingsError(
             f'tokentiming cannot use {settings.model!r} as the draft model; set "model" to a decoder-only language '
-            f"model that vLLM can generate with. vLLM says: {_first_line(error)}"
+            f"model that vLLM can generate with. The reason: {reason(error)}"
         ) from error
     for what, is_it in (
         ("an encoder-decoder model", config.is_encoder_decoder),
@@ -91,10 +90,3 @@ def draft_vllm_config(vllm_config: VllmConfig, settings: TokenTimingConfig) -> V
         kv_transfer_config=None,
         quant_config=None,  # vLLM reads the draft's own from its checkpoint.
     )
-
-
-def _first_line(error: BaseException) -> str:
-    text = getattr(error, "errors", None)
-    details: Any = text() if callable(text) else None  # pydantic's own list
-    message = str(details[0]["msg"]) if details else str(error)
-    return message.strip().splitlines()[0] if message.strip() else type(error).__name__
