@@ -3,6 +3,7 @@
 import json
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from grid import baseline
 from workloads import loops
 
 DRAWS = 2000
+PASSES = ("prefill pass", "target pass", "draft pass")
 LEVEL = 0.95
 
 
@@ -59,6 +61,24 @@ def ratio_of_sums(above: npt.NDArray[np.float64], below: npt.NDArray[np.float64]
     drawn = above[rows, columns].sum((1, 2)) / below[rows, columns].sum((1, 2))
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(float(above.sum() / below.sum()), float(low), float(high))
+
+
+class Total(NamedTuple):
+    """All calls of a phase."""
+
+    calls: int
+    seconds: float
+
+    @property
+    def mean(self) -> float:
+        """Seconds of one; 0 if there was none."""
+        return self.seconds / self.calls if self.calls else 0.0
+
+
+def _totals(rows: Sequence[dict[str, Any]]) -> dict[str, Total]:
+    """Of the passes of the models, over all repetitions."""
+    found = {name: [row["phases"][name] for row in rows if name in row["phases"]] for name in PASSES}
+    return {name: Total(sum(f["calls"] for f in fs), sum(f["seconds"] for f in fs)) for name, fs in found.items()}
 
 
 @dataclass
@@ -131,24 +151,22 @@ class Measured:
         return list(accepted / sum(c["drafts"] for c in counted))
 
     def bound(self) -> dict[str, float] | None:
-        """The speed-up if only passes of the models took time, `L t / (t_verify + d s)`, and its parts; loops included.
+        """The speed-up if only passes of the models took time, and its parts; loops included.
 
         Returns:
             `L` tokens per pass, `t` and `t_verify` seconds of a target pass without and with proposals, `d` draft
-            passes for each, `s` seconds of one, `bound`, and `achieved`, the measured speed-up over it.
+            passes for each, `s` seconds of one, all in the mean; `bound`, what all passes of plain decoding took over
+            what all passes of this method took, prompts included; and `achieved`, the measured speed-up over it.
         """
         estimate, speedup = self.tokens_per_pass(keep_loops=True), self.speedup(keep_loops=True)
-        phases, plain = [row["phases"] for row in self.rows], [row["phases"] for row in self.plain]
-        if estimate is None or speedup is None or not all("target pass" in found for found in phases + plain):
+        own, plain = (_totals(rows) for rows in (self.rows, self.plain))
+        if estimate is None or speedup is None or not (own["target pass"].calls and plain["target pass"].calls):
             return None
-        t = float(np.median([found["target pass"]["median"] for found in plain]))
-        verify = float(np.median([found["target pass"]["median"] for found in phases]))
-        drafting = [found["draft pass"] for found in phases if "draft pass" in found]
-        d = sum(f["calls"] for f in drafting) / sum(found["target pass"]["calls"] for found in phases)
-        s = float(np.median([f["median"] for f in drafting])) if drafting else 0.0
-        bound = estimate.value * t / (verify + d * s)
+        drafted = own["draft pass"]
+        bound = sum(plain[name].seconds for name in PASSES) / sum(own[name].seconds for name in PASSES)
         return {
-            "L": estimate.value, "t": t, "t_verify": verify, "d": d, "s": s, "bound": bound,
+            "L": estimate.value, "t": plain["target pass"].mean, "t_verify": own["target pass"].mean,
+            "d": drafted.calls / own["target pass"].calls, "s": drafted.mean, "bound": bound,
             "achieved": speedup.value / bound,
         }  # fmt: skip
 
