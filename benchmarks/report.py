@@ -97,10 +97,10 @@ def section_bound(rows: Sequence[Measured]) -> str:
     return (
         "## What the passes alone would allow\n\n"
         "A method that makes `L` tokens in a pass of the target, which takes `t` without and `t_verify` with "
-        "proposals, and `d` draft passes of `s` each, can be `L t / (t_verify + d s)` times as fast. The bound is that, summed "
-        "over all steps, those that read prompts included: what all passes of plain decoding took over what all "
-        "passes of the method took. `achieved` is the measured speed-up over it (milliseconds in the mean; loops "
-        "included). A draft pass of vLLM's is its layers alone; of ours, its inputs and logits, too.\n\n"
+        "proposals, and `d` draft passes of `s` each, can be `L t / (t_verify + d s)` times as fast. The bound is "
+        "that, summed over all steps, those that read prompts included: what all passes of plain decoding took over "
+        "what all passes of the method took. `achieved` is the measured speed-up over it (milliseconds in the mean; "
+        "loops included). A draft pass of vLLM's is its layers alone; of ours, its inputs and logits, too.\n\n"
         + table(("method", "L", "t", "t_verify", "d", "s", "bound", "achieved"), lines)
     )
 
