@@ -138,16 +138,7 @@ def test_where_drafting_does_not_pay_next_to_nothing_is_lost(name):
     world = NOT_WORTH_IT[name]
     plain = world.rate(NoDraft())
     assert world.rate(FixedLength(), 5) < 0.9 * plain
-    adaptive = AdaptiveLength()
-    assert world.rate(adaptive) > 0.98 * plain
-    assert not adaptive.reads()
-
-
-def test_prompts_are_read_as_long_as_drafting_pays():
-    length = AdaptiveLength()
-    assert length.reads()
-    WORLDS["1:50"].rate(length, steps=200)
-    assert length.reads()
+    assert world.rate(AdaptiveLength()) > 0.98 * plain
 
 
 def decisions(length: AdaptiveLength, confidences: list[float], others: list[Chain]) -> list:

@@ -56,10 +56,6 @@ class Pause:
         """Drafting pays."""
         self._length, self._made = _SHORTEST_PAUSE, 0
 
-    def shorten(self) -> None:
-        """Drafting seems to pay, which may be chance: begin only the next pause earlier."""
-        self._length, self._made = max(self._length // 2, _SHORTEST_PAUSE), 0
-
     def over(self) -> bool:
         """Count a step for which drafting does not seem to pay; whether to try it all the same."""
         self._made += 1
@@ -218,10 +214,6 @@ class FixedLength:
         """
         return list(chains)
 
-    def reads(self) -> bool:
-        """Tell whether the draft is to read prompts while the target does, rather than when it is to draft."""
-        return True
-
     def learn(self, chain: Chain, accepted: int, rejected: bool, proposed: int) -> None:
         """Take in what became of a draft.
 
@@ -253,7 +245,6 @@ class AdaptiveLength(FixedLength):
         self._unlearned = _Chances()
         self._speed = 1.0  # How slow the machine is now; costs are kept relative to it.
         self._speeds: deque[float] = deque(maxlen=9)
-        self._pays = True  # When that was last looked at.
         self._pause = Pause()  # Of drafting as a whole.
         self._since_plain = 0
         self._token_seconds = 0.0  # What one more token adds to the target's pass.
@@ -273,25 +264,18 @@ class AdaptiveLength(FixedLength):
         first += self._reading(others)
         plain, best = self._rates(others, num_requests, self._costs, first)
         if best > _LEAST_GAIN * plain:
-            self._pays = True
-            self._pause.shorten()
+            self._pause.reset()
             for chain in others:
                 chain.least_rate = best
                 worth = self._next(chain) >= best * self._token_seconds * chain.history.ratio
                 if worth or chain.history.pause.over():
                     drafting.append(chain)
-        else:
-            self._pays = False
-            if self._pause.over():
-                trial = sorted(others, key=lambda chain: chain.lag)[:_TRIAL_REQUESTS]
-                for chain in trial:
-                    chain.max_proposals = min(chain.max_proposals, _TRIAL)
-                drafting += trial
+        elif self._pause.over():
+            trial = sorted(others, key=lambda chain: chain.lag)[:_TRIAL_REQUESTS]
+            for chain in trial:
+                chain.max_proposals = min(chain.max_proposals, _TRIAL)
+            drafting += trial
         return drafting
-
-    def reads(self) -> bool:
-        """See the base class."""
-        return self._pays
 
     def take(self, chain: Chain, confidence: float) -> bool:
         """See the base class."""

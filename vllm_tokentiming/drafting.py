@@ -211,12 +211,7 @@ class Drafter:
         if could and not chains:
             return Proposals(target_ids)
         present = {id(request) for request in requests}
-        reads = self._length.reads()
-        wanted = [
-            index
-            for index, committed in enumerate(batch)
-            if index in chains or (committed.reading and (reads or committed.reproducible))
-        ]
+        wanted = [index for index, committed in enumerate(batch) if index in chains or committed.reading]
         for index in wanted:
             if index not in followed:
                 self._follow(requests[index], batch[index])
