@@ -44,9 +44,8 @@ def exactness(path: Path) -> str:
         )
     head = ("setting", "outputs", "tokens per pass", "least p", "total variation", "by chance", "found", "as expected")
     wrong = sum(not entry["as_it_should_be"] for entry in entries if "as_it_should_be" in entry)
-    first, *later = [
-        entry for entry in entries if "commit" in entry
-    ]  # Settings can have been measured in several runs.
+    # Settings can have been measured in several runs.
+    first, *later = [entry for entry in entries if "commit" in entry]
     return (
         f"{len(settings)} measurements, {wrong} not as they should be. All tests together raise a false alarm with "
         f"probability {first['family_level']:g} at most; an error of {first['total_variation']:g} in total variation "

@@ -212,9 +212,8 @@ def test_an_encoder_is_refused_as_a_draft(front_end, tmp_path):
 
 CODE = """
 from pathlib import Path
-Path(__file__).parent.joinpath("it ran").touch()
 Path({folder!r}).joinpath("it ran").touch()
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 class Own(LlamaConfig):
     model_type = "own"
 class OwnTokenizer(PreTrainedTokenizerFast):

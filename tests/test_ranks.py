@@ -49,6 +49,7 @@ def learnt(rounds: int) -> dict[bytes, int]:
 RANKS = learnt(60)
 ENCODING = tiktoken.Encoding("small", pat_str=PATTERN, mergeable_ranks=RANKS, special_tokens={"<|end|>": 400})
 KEPT_AS = {"tokenizer": SimpleNamespace(tokenizer=ENCODING), "model": SimpleNamespace(model=ENCODING)}
+CONVERTED = fast_tokenizer(KEPT_AS["model"])
 
 
 @pytest.mark.parametrize("name", KEPT_AS)
@@ -60,12 +61,11 @@ def test_an_encoding_is_found_where_tokenizers_with_remote_code_keep_it(name):
 @given(st.one_of(st.text(), st.text("theanrb ab", max_size=40), st.sampled_from(TEXTS)))
 def test_a_list_encodes_as_tiktoken_does(text):
     text = text.encode("utf-8", "replace").decode()
-    tokenizer = fast_tokenizer(KEPT_AS["model"])
-    assert tokenizer.encode(text).ids == ENCODING.encode_ordinary(text)
+    assert CONVERTED.encode(text).ids == ENCODING.encode_ordinary(text)
 
 
 def test_special_tokens_of_a_list_keep_their_ids_and_have_no_bytes():
-    token_bytes = TokenBytes.from_tokenizer(fast_tokenizer(KEPT_AS["model"]), 410)
+    token_bytes = TokenBytes.from_tokenizer(CONVERTED, 410)
     assert token_bytes.special == {400: "<|end|>"}
     assert {token_bytes[rank]: rank for rank in range(len(RANKS))} == RANKS
     assert token_bytes.pieces[len(RANKS) :] == [None] * (410 - len(RANKS))
