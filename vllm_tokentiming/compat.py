@@ -34,6 +34,11 @@ _REQUIRED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._input_fits_in_drafter", ("common_attn_metadata",)),
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._sample", ("logits", "spec_decode_metadata")),
     ("vllm.v1.spec_decode.custom_class_proposer", "create_custom_proposer", ("vllm_config",)),
+    (
+        "vllm.v1.sample.rejection_sampler",
+        "rejection_sample",
+        ("draft_token_ids", "draft_probs", "target_logits"),
+    ),
     ("vllm.v1.core.sched.output", "NewRequestData.from_request", ("request",)),
     ("vllm.forward_context", "set_forward_context", ("attn_metadata", "vllm_config", "num_tokens", "slot_mapping")),
     ("vllm.model_executor.model_loader", "get_model", ("vllm_config", "prefix")),

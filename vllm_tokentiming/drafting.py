@@ -31,6 +31,7 @@ from vllm_tokentiming.draft.sampling import DraftSampling
 from vllm_tokentiming.draft_length import Chain, FixedLength, History
 from vllm_tokentiming.metrics import PhaseClock
 from vllm_tokentiming.pair import VocabularyPair
+from vllm_tokentiming.staging import Stage
 from vllm_tokentiming.writer import Draft, Writer
 
 
@@ -72,11 +73,14 @@ class Proposals:
         q: ``[len(q_request_ids), num_speculative_tokens, target vocabulary] float32``, the law that each was drawn
             from; ``None`` if all are to be verified as one-hot.
         q_request_ids: The requests that ``q`` has rows for: all that have proposals.
+        stages: By request and position: of the proposals that are verified in stages; without them, their ``q`` does
+            not count.
     """
 
     target_ids: list[list[int]]
     q: torch.Tensor | None = None
     q_request_ids: list[str] = field(default_factory=list)
+    stages: dict[tuple[str, int], list[Stage]] = field(default_factory=dict)
 
 
 @dataclass
@@ -220,7 +224,14 @@ class Drafter:
         num_read, logits_of = self._catch_up(with_room)
         self.clock.enter("write")
         drafts = [
-            Draft(index, chain, batch[index].sampling, batch[index].num_target, batch[index].greedy)
+            Draft(
+                index,
+                chain,
+                batch[index].sampling,
+                batch[index].num_target,
+                batch[index].greedy,
+                pieces=self._writer.pieces_after(requests[index].context.draft_ids),
+            )
             for index, chain in chains.items()
             if id(requests[index]) in logits_of
         ]
@@ -236,11 +247,13 @@ class Drafter:
         for draft in drafts:
             request = requests[draft.index]
             request.drafted, request.chain = Drafted(draft.draft_ids, draft.proxy), draft.chain
-            target_ids[draft.index] = draft.proxy.target_ids[: draft.max_proposals]
+            target_ids[draft.index] = draft.proposed_ids
             self.counts.proposed += len(target_ids[draft.index])
         kind, num_tokens, seconds = self.costs[0]
         self.costs[0] = (kind, num_tokens, seconds + time.perf_counter() - written)
-        return Proposals(target_ids, self._writer.q, [batch[draft.index].request_id for draft in drafts])
+        request_ids = [batch[draft.index].request_id for draft in drafts]
+        stages = {(request_ids[row], position): found for (row, position), found in self._writer.stages.items()}
+        return Proposals(target_ids, self._writer.q, request_ids, stages)
 
     def _chains(self, batch: Sequence[Committed], requests: Sequence[_Request]) -> dict[int, Chain]:
         """A chain for each request that could draft, by its place in the batch."""

@@ -4,13 +4,16 @@ vLLM's ``custom_class`` interface tells a proposer neither which requests it dra
 Two thin wrappers around ``GPUModelRunner`` do; they act only for our proposer, and can go when vLLM passes request
 ids and finished requests to ``propose`` (no version does so far; 0.32 and 0.33 read). A third one spares the
 rejection sampler what is no proposal: all of a step without any, for which 0.32 calls it, too, and padding
-(``compat.without_padding``).
+(``compat.without_padding``). A fourth one hands it what is left to verify of proposals that are verified in stages
+(``staging.py``); it can go when vLLM lets a proposer shape the target's law that its proposals are verified against.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from vllm.config import VllmConfig
@@ -21,6 +24,7 @@ from vllm_tokentiming.draft.sampling import DraftSampling, seed_of
 from vllm_tokentiming.drafting import Committed
 from vllm_tokentiming.metrics import Recorder
 from vllm_tokentiming.pair import VocabularyPair
+from vllm_tokentiming.staging import Stage, verify_stages
 
 T = TypeVar("T")
 
@@ -71,6 +75,7 @@ def agree(found: T) -> T:
 def install() -> None:
     """Wrap the model runner and apply the repairs that this device needs. Can be called any number of times."""
     from vllm.platforms import current_platform
+    from vllm.v1.sample import rejection_sampler
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     if current_platform.is_cpu():
@@ -82,6 +87,7 @@ def install() -> None:
     propose = GPUModelRunner.propose_draft_token_ids
     input_fits = GPUModelRunner._input_fits_in_drafter
     sample = GPUModelRunner._sample
+    verify = rejection_sampler.rejection_sample
 
     @functools.wraps(propose)
     def propose_draft_token_ids(
@@ -116,12 +122,57 @@ def install() -> None:
             # With nothing to verify, the rejection sampler does what the sampler does, in more steps.
             if not any(spec_decode_metadata.num_draft_tokens):
                 spec_decode_metadata = None
-        return sample(self, logits, spec_decode_metadata)
+            else:
+                _verified[:] = _stages(self, spec_decode_metadata.num_draft_tokens)
+        try:
+            return sample(self, logits, spec_decode_metadata)
+        finally:
+            _verified.clear()
+
+    @functools.wraps(verify)
+    def rejection_sample(*args: Any, **kwargs: Any) -> Any:
+        if not _verified:
+            return verify(*args, **kwargs)
+        call = inspect.signature(verify).bind(*args, **kwargs).arguments
+        if (q := call["draft_probs"]) is not None:
+            call["draft_probs"] = None  # If this fails, all is verified as one-hot, which is exact as well.
+            with _verified[0].drafter.guard():
+                stages = {found.row: found.stages for found in _verified}
+                call["target_logits"], call["draft_probs"] = verify_stages(
+                    call["target_logits"], q, call["draft_token_ids"], stages
+                )
+        return verify(**call)
 
     propose_draft_token_ids._tokentiming = True  # type: ignore[attr-defined]
     GPUModelRunner.propose_draft_token_ids = propose_draft_token_ids
     GPUModelRunner._input_fits_in_drafter = _input_fits_in_drafter
     GPUModelRunner._sample = _sample
+    rejection_sampler.rejection_sample = rejection_sample
+
+
+@dataclass(frozen=True)
+class _Staged:
+    """A proposal that is verified in stages: its row in the rejection sampler."""
+
+    drafter: Any
+    row: int
+    stages: list[Stage]
+
+
+_verified: list[_Staged] = []  # In the step that is being sampled.
+
+
+def _stages(runner: Any, num_proposed: list[int]) -> list[_Staged]:
+    """The proposals of a step that are verified in stages."""
+    drafter, row, found = runner.drafter, 0, []
+    if not drafter.proposals.stages:
+        return []
+    for request_id, number in zip(runner.input_batch.req_ids, num_proposed, strict=False):
+        for position in range(number):
+            if stages := drafter.proposals.stages.get((request_id, position)):
+                found.append(_Staged(drafter, row + position, stages))
+        row += number
+    return found
 
 
 def _drop_padding(runner: Any, num_requests: int) -> list[int] | None:

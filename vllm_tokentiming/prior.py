@@ -4,6 +4,9 @@ A draft token whose ends fall inside target tokens makes the target write pieces
 proposals are rejected. So the draft's law is multiplied by the share of the token's occurrences, in text, whose two
 ends are also ends of target tokens. That is a choice of ``Q`` like any other, so exactness does not depend on it.
 
+Pieces of characters are left alone: they wait for each other and are verified in stages, against all target tokens
+that they may become (``staging.py``).
+
 Imports neither torch nor vLLM.
 """
 
@@ -13,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_tokentiming.pair import VocabularyPair
+from vllm_tokentiming.transducer import incomplete_tail
 
 
 class AlignmentPrior:
@@ -22,6 +26,11 @@ class AlignmentPrior:
         """Begin with no counts."""
         self._pair = pair
         size = pair.draft.token_bytes.size
+        self._pieces = [
+            i
+            for i, data in enumerate(pair.draft.token_bytes.pieces)
+            if data and (data[0] & 0xC0 == 0x80 or incomplete_tail(data) == len(data))
+        ]
         self._seen: npt.NDArray[np.float64] = np.zeros(size)
         self._aligned: npt.NDArray[np.float64] = np.zeros(size)
 
@@ -49,4 +58,6 @@ class AlignmentPrior:
         Args:
             smoothing: Occurrences' worth of trust in an unseen token being aligned.
         """
-        return (self._aligned + smoothing) / (self._seen + smoothing)
+        weights = (self._aligned + smoothing) / (self._seen + smoothing)
+        weights[self._pieces] = 1
+        return weights

@@ -5,7 +5,9 @@ character wait for the rest of it. So a *state* is a handful of pending bytes, n
 pending what each draft token emits is a fixed table.
 
 **Why at once.** A proposal is worth as much as its law ``q`` resembles the target's. Waiting for more draft tokens
-makes the proposal depend on its own first pieces, which the verifier must be told, and ``q`` shrinks to a point.
+makes the proposal depend on its own first pieces, so that it has to be verified in stages, piece by piece
+(``staging.py``), each of which costs a pass. Inside a character there is no choice, and ``waits`` says which target
+tokens each of its beginnings stands for.
 
 **The same vocabulary on both sides.** Every draft token is then the target token of the same id, also one that ends
 inside a character: the draft writes such a token where the target would, too. So nothing waits, and ``q`` is ``Q``.
@@ -18,6 +20,9 @@ Deterministic: the same draft tokens always emit the same target tokens. Imports
 """
 
 from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +48,21 @@ def incomplete_tail(data: bytes) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class Waits:
+    """Which target tokens are to come when a draft token is drawn and bytes go on waiting.
+
+    Attributes:
+        pending: The bytes that may be waiting then: the groups.
+        target_ids: ``[n] int64``; target tokens that the draft spells by way of one of them, each once.
+        groups: ``[n] int64``; by way of which.
+    """
+
+    pending: tuple[bytes, ...]
+    target_ids: npt.NDArray[np.int64]
+    groups: npt.NDArray[np.int64]
+
+
 class Transducer:
     """Writes draft tokens of one pair in target tokens.
 
@@ -50,6 +70,8 @@ class Transducer:
         draftable: ``[draft size] bool``; what may be drafted.
         first: ``[draft size] int64``; first target id of each token's emission with nothing pending, -1 for none.
         count: ``[draft size] int32``; length of that emission.
+        waiting: ``[w] int64``; the draft tokens that emit nothing then, since all their bytes wait.
+        left_waiting: What each of them leaves pending.
     """
 
     def __init__(self, pair: VocabularyPair, *, one_to_one: bool = False) -> None:
@@ -88,6 +110,9 @@ class Transducer:
             if pending:
                 self._left_pending[draft_id] = pending
         self._longer: dict[tuple[int, ...], tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = {}
+        self.waiting: npt.NDArray[np.int64] = np.flatnonzero(self.draftable & (self.count == 0))
+        self.left_waiting = [self._left_pending[draft_id] for draft_id in self.waiting.tolist()]
+        self._waits = self._spelled() if len(self.waiting) else {}
 
     def emit(self, pending: bytes, draft_id: int) -> tuple[list[int], bytes]:
         """Write one more draft token.
@@ -128,3 +153,47 @@ class Transducer:
             next_ids = [self._emissions[i][depth] for i in draft_ids]
             found = self._longer[emitted_ids] = np.array(draft_ids, np.int64), np.array(next_ids, np.int64)
         return found
+
+    def alone(self, pending: bytes) -> int:
+        """The first target token of waiting bytes that nothing follows.
+
+        Args:
+            pending: The bytes.
+        """
+        return self._pair.target.encoder.encode(pending)[0]
+
+    def waits(self, pending: bytes) -> Waits:
+        """Which target tokens the draft spells by way of waiting once more.
+
+        Args:
+            pending: Bytes drafted but not yet written.
+        """
+        return self._waits.get(pending, _NOTHING)
+
+    def _spelled(self) -> dict[bytes, Waits]:
+        """``waits``, from how the draft spells each target token; not of those that a draft token emits at once."""
+        target_bytes, draft = self._pair.target.token_bytes, self._pair.draft
+        # What the draft may leave pending has a group, even if it stands for nothing.
+        found: dict[bytes, dict[int, bytes]] = defaultdict(dict, {b"": {}})
+        begin_inside = [
+            target_id
+            for target_id, data in enumerate(target_bytes.pieces)
+            if data and data[0] in _UTF8_LENGTH and target_id not in target_bytes.special
+        ]
+        for target_id in np.setdiff1d(begin_inside, self.first).tolist():
+            data, pending, end = target_bytes[target_id], b"", 0
+            for length in draft.token_bytes.lengths[draft.encoder.encode(data)].tolist():
+                end += length
+                if incomplete_tail(data[:end]) < end:
+                    break
+                found[pending][target_id] = pending = data[:end]
+        waits = {}
+        for pending, after in found.items():
+            names = sorted({*after.values(), *(() if pending else self.left_waiting)})
+            number = {name: group for group, name in enumerate(names)}
+            groups = np.array([number[name] for name in after.values()], dtype=np.int64)
+            waits[pending] = Waits(tuple(names), np.array(list(after), dtype=np.int64), groups)
+        return waits
+
+
+_NOTHING = Waits((), np.empty(0, np.int64), np.empty(0, np.int64))

@@ -4,21 +4,57 @@ Rejection sampling is exact if each proposed token is distributed as the ``q`` t
 on everything that decided about it before. So ``q`` is the law of the emitted target token when the draft token is
 drawn from ``Q``:
 
-- the first token of an emission: ``Q``, restricted to the draft tokens that emit anything, pushed through ``first``;
-- a later one: ``Q``, restricted to the draft tokens whose emission begins with what was already proposed and goes on;
+- the first token of an emission: ``Q`` pushed through ``first``; what is missing to 1 is the probability that all bytes
+  wait, and then the draw is a stage of a later proposal's verification (``staging.py``). Where that is unlikely, such
+  draft tokens are not drawn at all;
+- a later one: ``Q``, restricted to the draft tokens whose emission begins with what was already proposed and goes on,
+  and renormalised;
 - with bytes pending, the emissions are not in a table; the draft token is then drawn from the ``CANDIDATES`` likeliest,
   and those are pushed through the transducer one by one.
 
-Each is renormalised. The proof stands in ``docs/theory.md``.
+The proof stands in ``docs/theory.md``.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from dataclasses import dataclass
+
 import torch
 
+from vllm_tokentiming.staging import Groups, Stage
 from vllm_tokentiming.transducer import Transducer
 
 CANDIDATES = 64
+RARE = 0.05  # Probability of waiting, below which it is not worth a stage.
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What may be drawn with bytes pending.
+
+    Attributes:
+        pending: The bytes.
+        draft_ids: The draft tokens.
+        masses: The probability of each; they sum to 1.
+        emissions: What each would emit, and leave pending.
+    """
+
+    pending: bytes
+    draft_ids: list[int]
+    masses: list[float]
+    emissions: list[tuple[list[int], bytes]]
+
+    def next_ids(self, emitted_ids: list[int]) -> tuple[list[int], list[float]]:
+        """What those that emit ``emitted_ids`` and more emit next, and their probabilities."""
+        depth = len(emitted_ids)
+        alike = [
+            (emitted[depth], mass)
+            for (emitted, _), mass in zip(self.emissions, self.masses, strict=True)
+            if len(emitted) > depth and emitted[:depth] == emitted_ids
+        ]
+        next_ids, masses = zip(*alike, strict=True)
+        return list(next_ids), list(masses)
 
 
 class Transfer:
@@ -39,6 +75,29 @@ class Transfer:
         emitting = (first >= 0).nonzero().squeeze(1)
         self._emitting = emitting.to(device)
         self._first = first[emitting].to(device)
+        self._device = device
+        self._groups: dict[bytes, Groups] = {}
+        have = transducer.waiting < draft_size
+        self.waiting = torch.from_numpy(transducer.waiting[have]).to(device)
+        names = {pending: group for group, pending in enumerate(transducer.waits(b"").pending)}
+        groups = [names[pending] for pending in transducer.left_waiting]
+        self._waiting_groups = torch.tensor(groups, dtype=torch.int64)[torch.from_numpy(have)].to(device)
+
+    def drop_rare_waits(self, probs: torch.Tensor) -> torch.Tensor:
+        """Take the tokens that all wait out of laws in which they are unlikely together.
+
+        Args:
+            probs: ``Q``, ``[n, draft size]``, of draws with nothing pending; overwritten.
+
+        Returns:
+            ``[n] bool``: whether such tokens may be drawn.
+        """
+        mass = probs[:, self.waiting]
+        total = mass.sum(-1, keepdim=True)
+        waits = total >= RARE
+        probs.index_copy_(1, self.waiting, mass * waits)
+        probs /= torch.where(waits, 1, 1 - total)
+        return waits.squeeze(1)
 
     def first_rows(self, probs: torch.Tensor) -> torch.Tensor:
         """The law of the first emitted token, with nothing pending.
@@ -47,11 +106,10 @@ class Transfer:
             probs: ``Q``, ``[n, draft size]``.
 
         Returns:
-            ``[n, target size] float32``.
+            ``[n, target size] float32``; what is missing to 1 waits.
         """
         q = probs.new_zeros(len(probs), self._target_size)
-        mass = probs[:, self._emitting]
-        return q.index_add_(1, self._first, mass).div_(mass.sum(-1, keepdim=True))
+        return q.index_add_(1, self._first, probs[:, self._emitting])
 
     def later_row(self, probs: torch.Tensor, emitted_ids: tuple[int, ...]) -> torch.Tensor:
         """The law of the next token of an emission that began with ``emitted_ids``, with nothing pending.
@@ -67,24 +125,78 @@ class Transfer:
         mass = probs[torch.from_numpy(draft_ids).to(probs.device)]
         return self._row(torch.from_numpy(next_ids).to(probs.device), mass)
 
-    def candidate_rows(self, candidates: dict[int, float], pending: bytes, target_ids: list[int]) -> list[torch.Tensor]:
-        """The laws of an emission's tokens, with bytes pending.
+    def later_candidate_row(self, candidates: Candidates, emitted_ids: list[int]) -> torch.Tensor:
+        """The same, with bytes pending."""
+        next_ids, masses = candidates.next_ids(emitted_ids)
+        return self._row(torch.tensor(next_ids), torch.tensor(masses))
+
+    def first_stage(self, probs: torch.Tensor, at_once: torch.Tensor, left: bytes | None, uniform: float) -> Stage:
+        """The stage of a draw with nothing pending.
 
         Args:
-            candidates: ``Q``: every draft id that could have been drawn, and its probability.
-            pending: The bytes.
-            target_ids: What the drawn token emitted.
-
-        Returns:
-            One row ``[target size] float32``, on the host, for each of ``target_ids``.
+            probs: ``Q``, ``[draft size]``.
+            at_once: Its row of ``first_rows``.
+            left: What the drawn token left waiting; ``None`` if it committed.
+            uniform: See ``Stage``.
         """
-        emissions = [(self._transducer.emit(pending, d)[0], mass) for d, mass in candidates.items()]
-        rows = []
-        for depth in range(len(target_ids)):
-            alike = [(e[depth], mass) for e, mass in emissions if len(e) > depth and e[:depth] == target_ids[:depth]]
-            next_ids, masses = zip(*alike, strict=True)
-            rows.append(self._row(torch.tensor(next_ids), torch.tensor(masses, dtype=torch.float32)))
-        return rows
+        groups = self._groups_of(b"")
+        waiting = torch.zeros(groups.number, device=probs.device).index_add_(
+            0, self._waiting_groups, probs[self.waiting]
+        )
+        return Stage(groups, at_once, waiting, self._group(b"", left), uniform)
+
+    def later_stage(self, candidates: Candidates, at_once: torch.Tensor, left: bytes | None, uniform: float) -> Stage:
+        """The stage of a draw with bytes pending; see ``first_stage``.
+
+        Args:
+            candidates: What could have been drawn.
+            at_once: ``[target size] float32``, all 0; overwritten with how likely each target token was committed.
+            left: See there.
+            uniform: See ``Stage``.
+        """
+        groups = self._groups_of(candidates.pending)
+        waiting = [0.0] * groups.number
+        mass_of: defaultdict[int, float] = defaultdict(float)
+        for (emitted, then), mass in zip(candidates.emissions, candidates.masses, strict=True):
+            if emitted:
+                mass_of[emitted[0]] += mass
+            elif (group := self._group(candidates.pending, then)) is not None and group >= 0:
+                waiting[group] += mass
+        committed_ids = torch.tensor(list(mass_of), dtype=torch.int64, device=at_once.device)
+        at_once[committed_ids] = torch.tensor(list(mass_of.values()), dtype=torch.float32, device=at_once.device)
+        return Stage(
+            groups, at_once, torch.tensor(waiting, device=self._device), self._group(candidates.pending, left), uniform
+        )
+
+    def candidates(self, probs: torch.Tensor, pending: bytes) -> Candidates:
+        """The draft tokens that may be drawn with bytes pending: the likeliest.
+
+        Those that commit at once what the draft spells by waiting are left out: it would be rejected.
+
+        Args:
+            probs: ``Q`` before that, ``[draft size]``.
+            pending: The bytes.
+        """
+        likeliest = probs.topk(min(CANDIDATES, len(probs)))
+        masses, draft_ids = likeliest.values.tolist(), likeliest.indices.tolist()
+        emissions = [self._transducer.emit(pending, draft_id) for draft_id in draft_ids]
+        waited_for = set(self._transducer.waits(pending).target_ids.tolist())
+        kept = [i for i, (emitted, _) in enumerate(emissions) if not emitted or emitted[0] not in waited_for]
+        kept = [i for i in kept if masses[i] > 0] or list(range(len(masses)))
+        total = sum(masses[i] for i in kept)
+        return Candidates(
+            pending, [draft_ids[i] for i in kept], [masses[i] / total for i in kept], [emissions[i] for i in kept]
+        )
+
+    def any_of(self, stage: Stage, pending: bytes) -> int:
+        """A target token to propose after a stage that was not followed by another one.
+
+        Args:
+            stage: It.
+            pending: What it left waiting.
+        """
+        found = -1 if stage.drawn is None or stage.drawn < 0 else stage.groups.first_ids[stage.drawn]
+        return found if found >= 0 else self._transducer.alone(pending)
 
     def paper_row(self, probs: torch.Tensor, draft_id: int, target_id: int) -> torch.Tensor:
         """The published transfer (arXiv 2510.15545): **not exact**, for comparison only.
@@ -102,9 +214,21 @@ class Transfer:
         """
         q = self.first_rows(probs.index_fill(0, torch.tensor([draft_id], device=probs.device), 0).unsqueeze(0))[0]
         mass = float(probs[draft_id])
-        q = q.nan_to_num_(0) * (1 - mass)
+        q *= (1 - mass) / q.sum().clamp(min=1e-30)
         q[target_id] += mass
         return q
+
+    def _groups_of(self, pending: bytes) -> Groups:
+        groups = self._groups.get(pending)
+        if groups is None:
+            groups = self._groups[pending] = Groups.of(self._transducer.waits(pending), self._device)
+        return groups
+
+    def _group(self, pending: bytes, left: bytes | None) -> int | None:
+        if left is None:
+            return None
+        names = self._transducer.waits(pending).pending
+        return names.index(left) if left in names else -1
 
     def _row(self, target_ids: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
         q = torch.zeros(self._target_size, dtype=torch.float32, device=mass.device)

@@ -28,8 +28,11 @@ from vllm_tokentiming.draft.sampling import DraftSampling, draw, law, uniforms
 from vllm_tokentiming.draft_length import Chain, FixedLength
 from vllm_tokentiming.pair import VocabularyPair
 from vllm_tokentiming.retokenize import Proxy, align, retokenize
+from vllm_tokentiming.staging import Stage
 from vllm_tokentiming.transducer import Transducer
-from vllm_tokentiming.transfer import CANDIDATES, Transfer
+from vllm_tokentiming.transfer import Candidates, Transfer
+
+_LATELY = 8  # Draft tokens.
 
 
 @dataclass
@@ -45,6 +48,7 @@ class Draft:
         row: Its row in ``Writer.q``.
         draft_ids: The drafted tokens.
         proxy: What they are in target tokens.
+        pieces: Whether pieces of characters may be drafted: not where none have been lately.
     """
 
     index: int
@@ -53,10 +57,14 @@ class Draft:
     position: int
     greedy: bool = False
     row: int = -1
+    pieces: bool = True
     draft_ids: list[int] = field(default_factory=list)
     proxy: Proxy = field(default_factory=lambda: Proxy([]))
     pending: bytes = b""
-    uniform: list[float] = field(default_factory=list)
+    candidates: Candidates | None = None  # Of the draw that is on, with bytes pending.
+    stages: list[Stage] = field(default_factory=list)  # Of the next proposal's drafting.
+    after: list[int] = field(default_factory=list)  # Proposed after ``proxy``, for stages that none followed.
+    uniform: list[float] = field(default_factory=list)  # For the draws, then for the verification of their stages.
     laws: list[torch.Tensor] = field(default_factory=list)  # `Q` of each drafted token; the published transfer only
     stopped: bool = False
     stale: bool = False  # Whether tokens were drafted that ``proxy`` does not have yet.
@@ -66,6 +74,11 @@ class Draft:
     def max_proposals(self) -> int:
         """Most target tokens to propose."""
         return self.chain.max_proposals
+
+    @property
+    def proposed_ids(self) -> list[int]:
+        """The target tokens to propose."""
+        return (self.proxy.target_ids + self.after)[: self.max_proposals]
 
     @property
     def done(self) -> bool:
@@ -78,6 +91,7 @@ class Writer:
 
     Attributes:
         q: Of the step, ``[drafts, num_proposals, target size] float32``, if any draft draws.
+        stages: Of the step, by row and position: of the proposals whose ``q`` counts in the last stage alone.
         one_hot: Drafts of sampled requests without ``q``, since the start, by reason: the ``strategy`` draws none,
             there is not ``memory`` enough, or vLLM may cut the proposals of a request with a ``grammar``.
     """
@@ -126,9 +140,20 @@ class Writer:
         known = torch.from_numpy(self._transducer.draftable)[:draft_size]
         draftable[: len(known)] = known
         self._never = (~draftable).nonzero().squeeze(1).to(device)
+        self._staged = strategy == "tokentiming" and len(self._transducer.waiting) > 0
+        self._never_or_waiting = torch.cat([self._never, self._transfer.waiting])
+        self._wide = [not (data or b"").isascii() for data in pair.draft.token_bytes.pieces]
         self._device = device
         self.q: torch.Tensor | None = None
+        self.stages: dict[tuple[int, int], list[Stage]] = {}
         self.one_hot: Counter[str] = Counter()
+
+    def pieces_after(self, draft_ids: Sequence[int]) -> bool:
+        """Whether pieces of characters may be drafted after a context: not where all has been ASCII lately.
+
+        In such text they hardly ever are what comes, and every draw would have to be checked for them.
+        """
+        return any(self._wide[draft_id] for draft_id in draft_ids[-_LATELY:])
 
     def begin(self, drafts: Sequence[Draft]) -> None:
         """Begin a step.
@@ -139,7 +164,7 @@ class Writer:
         Afterwards ``q`` is ``[len(drafts), num_proposals, target size] float32`` if any draft draws, else ``None``:
         proposals are then one-hot. They also are in a step whose ``q`` would be larger than the user allows.
         """
-        self.q = None
+        self.q, self.stages = None, {}
         fits = len(drafts) <= self._max_rows
         for row, draft in enumerate(drafts):
             draft.row = row
@@ -148,7 +173,7 @@ class Writer:
             if not (self._draws and fits):
                 draft.sampling = None
             elif draft.sampling:
-                draft.uniform = uniforms(draft.sampling.seed, draft.position, self._max_draft_tokens)
+                draft.uniform = uniforms(draft.sampling.seed, draft.position, 2 * self._max_draft_tokens)
         if any(draft.sampling for draft in drafts):
             self.q = torch.zeros(len(drafts), *self._shape, device=self._device)
 
@@ -162,18 +187,20 @@ class Writer:
         Raises:
             FloatingPointError: They are no numbers.
         """
-        logits.index_fill_(1, self._never, float("-inf"))
+        self._mask(drafts, logits)
         drawing = [row for row, draft in enumerate(drafts) if draft.sampling]
         if len(drawing) == len(drafts):
-            probs, next_ids = self._draw(drafts, logits)
+            probs, next_ids, staged = self._draw(drafts, logits)
             confidences = probs.amax(-1)
         else:
             confidences, next_ids = logits.softmax(-1, dtype=torch.float32).max(-1)
+            staged = None
             if drawing:
-                probs, drawn = self._draw([drafts[row] for row in drawing], logits[drawing])
+                probs, drawn, staged = self._draw([drafts[row] for row in drawing], logits[drawing])
                 next_ids[drawing], confidences[drawing] = drawn, probs.amax(-1)
         # In one go: on an accelerator, every copy to the host waits for it.
         written = torch.stack([next_ids.double(), confidences.double()], dim=1).tolist()
+        stages_of = [False] * len(drawing) if staged is None else staged.tolist()
         first_rows: list[tuple[int, int, int]] = []  # Rows of `probs` and `q`, and the position.
         row_of_probs = {row: i for i, row in enumerate(drawing)}
         # Nothing may be verified with such a `q`.
@@ -189,18 +216,14 @@ class Writer:
             if self._published and draft.sampling:
                 draft.laws.append(probs[row_of_probs[row]])
                 draft.proxy = retokenize(self._pair, draft.draft_ids)
-            elif draft.sampling or self._always_transduce:
-                pending, start = draft.pending, len(draft.proxy.target_ids)
-                emitted, draft.pending = self._transducer.emit(pending, draft_id)
-                ended = draft_id in self._pair.special.to_target
-                draft.proxy = Proxy(draft.proxy.target_ids + emitted, ended)
-                if draft.sampling and emitted and start < draft.max_proposals:
-                    source = probs[row_of_probs[row]]
-                    if pending:
-                        self._fill_pending(draft, source, pending, start, emitted)
-                    else:
-                        first_rows.append((row_of_probs[row], draft.row, start))
-                        self._fill_later(draft, source, start, emitted)
+            elif draft.sampling:
+                source = row_of_probs[row]
+                position = self._transduce(draft, draft_id, probs[source], stages_of[source])
+                if position is not None:
+                    first_rows.append((source, draft.row, position))
+            elif self._always_transduce:
+                emitted, draft.pending = self._transducer.emit(draft.pending, draft_id)
+                draft.proxy = Proxy(draft.proxy.target_ids + emitted, draft_id in self._pair.special.to_target)
             else:  # Together they hardly make more target tokens than each alone; until those are enough, it can wait.
                 draft.about += self._count[draft_id]
                 draft.stale = draft.about < draft.max_proposals and draft_id not in self._pair.special.to_target
@@ -212,27 +235,108 @@ class Writer:
             self.q[rows, positions] = self._transfer.first_rows(probs[sources])
 
     def finish(self, drafts: Sequence[Draft]) -> None:
-        """End a step: proposals that were not drawn get all the mass where others have a ``q``."""
+        """End a step: what was not drawn gets all the mass where others have a ``q``, and no stage is left alone."""
         for draft in drafts:
             if draft.stale:
                 draft.proxy, draft.stale = retokenize(self._pair, draft.draft_ids), False
         if self.q is None:
             return
         for draft in drafts:
+            if draft.stages:
+                position, target_id = (
+                    len(draft.proxy.target_ids),
+                    self._transfer.any_of(draft.stages[-1], draft.pending),
+                )
+                draft.after = [target_id]
+                self.q[draft.row, position, target_id] = 1
+                self.stages[draft.row, position] = draft.stages
             if draft.laws:
                 self._fill_published(draft)
             elif not draft.sampling:
                 for position, target_id in enumerate(draft.proxy.target_ids[: draft.max_proposals]):
                     self.q[draft.row, position, target_id] = 1
 
-    def _draw(self, drafts: Sequence[Draft], logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _mask(self, drafts: Sequence[Draft], logits: torch.Tensor) -> None:
+        """Rule out what must not be drafted, or drawn."""
+        without = [row for row, draft in enumerate(drafts) if draft.sampling and not (draft.pieces or draft.pending)]
+        if self._staged and len(without) == len(drafts):
+            logits.index_fill_(1, self._never_or_waiting, float("-inf"))
+            return
+        logits.index_fill_(1, self._never, float("-inf"))
+        if self._staged and without:
+            logits[torch.tensor(without, device=logits.device)[:, None], self._transfer.waiting] = float("-inf")
+
+    def _draw(
+        self, drafts: Sequence[Draft], logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Shape the laws and draw from them.
+
+        Returns:
+            The laws ``[n, draft size]``, draft ids ``[n]``, and whether what is drawn now is a stage ``[n] bool``;
+            ``None`` if nothing is.
+        """
         sampling = [draft.sampling for draft in drafts if draft.sampling]
         probs = law(logits, sampling, self._log_prior)
-        for row, draft in enumerate(drafts):
-            if draft.pending:  # What each candidate emits is found out one by one, so there must be few.
-                few = probs[row].topk(min(CANDIDATES, probs.shape[1]))
-                probs[row].zero_()[few.indices] = few.values / few.values.sum()
-        return probs, draw(probs, [draft.uniform[len(draft.draft_ids)] for draft in drafts])
+        staged = None
+        with_pieces = [row for row, d in enumerate(drafts) if self._staged and d.pieces and not d.pending]
+        pending = [(row, draft) for row, draft in enumerate(drafts) if draft.pending]
+        if with_pieces or pending:
+            staged = torch.tensor([bool(draft.pending) for draft in drafts], device=probs.device)
+        if with_pieces:
+            assert staged is not None
+            rows = torch.tensor(with_pieces, device=probs.device)
+            laws = probs[rows]
+            staged[rows] = self._transfer.drop_rare_waits(laws)
+            probs[rows] = laws
+        for row, draft in pending:  # What each candidate emits is found out one by one, so there must be few.
+            draft.candidates = candidates = self._transfer.candidates(probs[row], draft.pending)
+            probs[row].zero_()[torch.tensor(candidates.draft_ids)] = torch.tensor(candidates.masses).to(probs)
+        return probs, draw(probs, [draft.uniform[len(draft.draft_ids)] for draft in drafts]), staged
+
+    def _transduce(self, draft: Draft, draft_id: int, probs: torch.Tensor, staged: bool) -> int | None:
+        """Write a drawn token in target tokens.
+
+        Args:
+            draft: Whose.
+            draft_id: The token.
+            probs: ``Q``, ``[draft size]``.
+            staged: Whether the draw was a stage.
+
+        Returns:
+            The position whose row of ``q`` is to come from ``Transfer.first_rows``, if any.
+        """
+        assert self.q is not None
+        pending, start = draft.pending, len(draft.proxy.target_ids)
+        emitted, draft.pending = self._transducer.emit(pending, draft_id)
+        draft.proxy = Proxy(draft.proxy.target_ids + emitted, draft_id in self._pair.special.to_target)
+        draft.pieces = draft.pieces or bool(self._wide[draft_id])
+        if start >= draft.max_proposals:
+            return None
+        if staged:
+            self._add_stage(draft, probs, pending, start, bool(emitted))
+        for depth in range(1, min(len(emitted), draft.max_proposals - start)):
+            before = emitted[:depth]
+            self.q[draft.row, start + depth] = (
+                self._transfer.later_candidate_row(draft.candidates, before)
+                if pending and draft.candidates
+                else self._transfer.later_row(probs, tuple(before))
+            )
+        return start if emitted and not pending else None
+
+    def _add_stage(self, draft: Draft, probs: torch.Tensor, pending: bytes, position: int, commits: bool) -> None:
+        assert self.q is not None
+        row = self.q[draft.row, position]
+        left = None if commits else draft.pending
+        uniform = draft.uniform[self._max_draft_tokens + len(draft.draft_ids) - 1]
+        if pending:
+            assert draft.candidates is not None
+            at_once = row if commits else torch.zeros_like(row)
+            draft.stages.append(self._transfer.later_stage(draft.candidates, at_once, left, uniform))
+        else:
+            at_once = row if commits else self._transfer.first_rows(probs.unsqueeze(0))[0]
+            draft.stages.append(self._transfer.first_stage(probs, at_once, left, uniform))
+        if commits:
+            self.stages[draft.row, position], draft.stages = draft.stages, []
 
     def _fill_published(self, draft: Draft) -> None:
         assert self.q is not None
@@ -244,16 +348,3 @@ class Writer:
                 self.q[draft.row, position] = self._transfer.paper_row(
                     draft.laws[aligned], draft.draft_ids[aligned], draft.proxy.target_ids[position]
                 )
-
-    def _fill_later(self, draft: Draft, probs: torch.Tensor, start: int, emitted: list[int]) -> None:
-        assert self.q is not None
-        for depth in range(1, min(len(emitted), draft.max_proposals - start)):
-            self.q[draft.row, start + depth] = self._transfer.later_row(probs, tuple(emitted[:depth]))
-
-    def _fill_pending(self, draft: Draft, probs: torch.Tensor, pending: bytes, start: int, emitted: list[int]) -> None:
-        assert self.q is not None
-        candidates = probs.nonzero().squeeze(1)
-        mass = dict(zip(candidates.tolist(), probs[candidates].tolist(), strict=True))
-        rows = self._transfer.candidate_rows(mass, pending, emitted[: draft.max_proposals - start])
-        for depth, q in enumerate(rows):
-            self.q[draft.row, start + depth] = q

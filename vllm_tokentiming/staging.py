@@ -1,0 +1,144 @@
+"""Verification in stages: of target tokens that the draft spells in several pieces.
+
+Where the draft writes the bytes of a character one by one, a proposed target token depends on its own first pieces.
+Handed to the verifier with its law *given* those pieces, it would nearly always be rejected: the target has only a
+small probability for any one token, and the draft, given the pieces, a large one for this. So the pieces are verified
+one after the other. A draw of the draft is a stage: it either commits a target token at once, or goes on waiting, with
+some bytes. To each of these outcomes belong the target tokens that the draft spells that way (``Transducer.waits``),
+and the target's probability of an outcome is that of its tokens together. The outcome is accepted, or another one is
+drawn, as tokens are in rejection sampling; then both sides are conditioned on it, and the next stage follows.
+
+**A stage that was drawn is verified.** The token emitted follows the target's law over all that the draft might have
+drawn, not given what it has drawn. So drafting may end while bytes wait, but not without a proposal: any one target
+token of the group is then proposed, as one-hot, after the stages that there were.
+
+**In vLLM's terms.** Only the last stage is left to vLLM's rejection sampler, as two rows ``p`` and ``q`` in the place
+of the target's law and the proposal's. It accepts with probability ``p / q`` and else draws from ``(p - q)^+``, so
+their common scale does not matter. The proof stands in ``docs/theory.md``.
+
+Random numbers come from the request's seed, apart from those that the draft is drawn with and those of vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_tokentiming.transducer import Waits
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Groups:
+    """``Waits`` on a device.
+
+    Attributes:
+        number: Of groups.
+        target_ids: ``[n] int64``; see there.
+        groups: ``[n] int64``; see there.
+        first_ids: The smallest target id of each group, -1 if it has none.
+    """
+
+    number: int
+    target_ids: torch.Tensor
+    groups: torch.Tensor
+    first_ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, waits: Waits, device: torch.device) -> Groups:
+        """Copy them there."""
+        first_ids = [-1] * len(waits.pending)
+        for target_id, group in sorted(
+            zip(waits.target_ids.tolist(), waits.groups.tolist(), strict=True), reverse=True
+        ):
+            first_ids[group] = target_id
+        target_ids, groups = (torch.from_numpy(column).to(device) for column in (waits.target_ids, waits.groups))
+        return cls(len(waits.pending), target_ids, groups, tuple(first_ids))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One draw of the draft, as to what it meant for the target.
+
+    Attributes:
+        groups: What the target tokens would be that are waited for.
+        at_once: ``[target size] float32``; how likely the draw was to commit each target token at once.
+        waiting: ``[groups.number] float32``; how likely it was to wait for those of each group.
+        drawn: The group that it went on to wait for, -1 for one that no target token is in; ``None`` if it committed.
+        uniform: Random number in [0, 1) of this stage's verification.
+    """
+
+    groups: Groups
+    at_once: torch.Tensor
+    waiting: torch.Tensor
+    drawn: int | None = None
+    uniform: float = 0.0
+
+
+def condition(target_probs: torch.Tensor, proposed_id: torch.Tensor, stages: Sequence[Stage]) -> torch.Tensor:
+    """Verify all stages of a proposal but the last, and say what is left to verify.
+
+    Args:
+        target_probs: ``[target size] float32``, the target's law.
+        proposed_id: ``[] int64``, the proposed target token.
+        stages: Of its drafting, in order. If the last one did not commit it, it does not depend on what was drawn after
+            them, and is verified as one-hot.
+
+    Returns:
+        ``[2, target size] float32``: ``p``, which sums to 1, and ``q``, for the rejection sampler. Nothing here waits
+        for the device.
+    """
+    p = target_probs
+    alone = torch.zeros_like(p).index_fill_(0, proposed_id.view(1).long(), 1)
+    refused = torch.zeros((), dtype=torch.bool, device=p.device)
+    instead, rows = p, None
+    for stage in stages:
+        target_ids, groups = stage.groups.target_ids, stage.groups.groups
+        # Which outcome a target token belongs to may depend on the law of the draw, though not on what was drawn.
+        mass = p[target_ids].masked_fill(stage.at_once[target_ids] > 0, 0)
+        at_once = p.index_add(0, target_ids, mass, alpha=-1)
+        waiting = p.new_zeros(stage.groups.number).index_add_(0, groups, mass)
+        left_over = (waiting - stage.waiting).clamp_(min=0) / waiting.clamp(min=_TINY)
+        waited = torch.zeros_like(p).index_add_(0, target_ids, mass * left_over[groups])
+        if stage.drawn is None:
+            rows = torch.stack([at_once + waited, stage.at_once])
+            continue
+        accepted = torch.zeros_like(refused)
+        if stage.drawn >= 0:
+            accepted = stage.uniform * stage.waiting[stage.drawn] < waiting[stage.drawn]
+        instead = torch.where(refused | accepted, instead, (at_once - stage.at_once).clamp_(min=0) + waited)
+        refused = refused | ~accepted
+        given = mass * (groups == stage.drawn) / waiting[stage.drawn].clamp(min=_TINY) if stage.drawn >= 0 else 0 * mass
+        p = torch.zeros_like(p).index_add_(0, target_ids, given)
+    if rows is None:
+        rows = torch.stack([p, alone])
+    # What is to be emitted after a refusal does not depend on the proposal, so this is verified as one-hot, too.
+    total = torch.where(refused, instead.sum(), rows[0].sum())
+    # Rounding alone can leave nothing.
+    rows = torch.where(refused, torch.stack([instead, alone * total]), rows)
+    return torch.where(total > 0, rows / total.clamp(min=_TINY), torch.stack([target_probs, alone]))
+
+
+def verify_stages(
+    target_logits: torch.Tensor, q: torch.Tensor, proposed_ids: torch.Tensor, staged: Mapping[int, Sequence[Stage]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Verify all stages but the last of a batch's proposals.
+
+    Args:
+        target_logits: ``[proposals, target size] float32``, as the request shapes them.
+        q: ``[proposals, target size] float32``.
+        proposed_ids: ``[proposals]``.
+        staged: The stages of proposals that have any, by row.
+
+    Returns:
+        The first two as the rejection sampler is to have them; other rows are as they were.
+    """
+    target_logits, q = target_logits.clone(), q.clone()
+    for row, stages in staged.items():
+        probs = target_logits[row].softmax(-1, dtype=torch.float32)
+        left_to_verify = condition(probs, proposed_ids[row], stages)
+        target_logits[row], q[row] = left_to_verify[0].log(), left_to_verify[1]
+    return target_logits, q
