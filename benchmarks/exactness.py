@@ -97,6 +97,7 @@ SETTINGS = (
     Setting("control: wrong temperature", speculation=PRIOR, spoil="temperature", exact=False),
     Setting("control: wrong later rows", speculation=PRIOR, spoil="later", exact=False),
     Setting("control: wrong pending rows", speculation=PRIOR, spoil="pending", exact=False),
+    Setting("control: wrong stages", speculation=PRIOR, spoil="stages", exact=False),
 )
 QUICK = (
     "plain decoding",

@@ -24,9 +24,9 @@ def _spoilt_temperature(writer: Any, _transfer: Any) -> tuple[Any, str, Any]:
     original = writer.Writer._draw
 
     def _draw(self: Any, drafts: Any, logits: Any) -> Any:
-        probs, drawn = original(self, drafts, logits)
+        probs, *drawn = original(self, drafts, logits)
         flatter = probs**0.8
-        return flatter / flatter.sum(-1, keepdim=True), drawn
+        return flatter / flatter.sum(-1, keepdim=True), *drawn
 
     return writer.Writer, "_draw", _draw
 
@@ -41,15 +41,33 @@ def _spoilt_later(_writer: Any, transfer: Any) -> tuple[Any, str, Any]:
 
 
 def _spoilt_pending(_writer: Any, transfer: Any) -> tuple[Any, str, Any]:
-    original = transfer.Transfer.candidate_rows
-    return (
-        transfer.Transfer,
-        "candidate_rows",
-        lambda *arguments: [_spread(row) for row in original(*arguments)],
-    )
+    original = transfer.Transfer.later_stage
+
+    def later_stage(*arguments: Any) -> Any:
+        stage = original(*arguments)
+        stage.at_once.copy_(_spread(stage.at_once))
+        return stage
+
+    return transfer.Transfer, "later_stage", later_stage
 
 
-SPOILERS = {"temperature": _spoilt_temperature, "later": _spoilt_later, "pending": _spoilt_pending}
+def _spoilt_stages(_writer: Any, transfer: Any) -> tuple[Any, str, Any]:
+    original = transfer.Transfer.first_stage
+
+    def first_stage(*arguments: Any) -> Any:
+        stage = original(*arguments)
+        stage.waiting.mul_(0.5)
+        return stage
+
+    return transfer.Transfer, "first_stage", first_stage
+
+
+SPOILERS = {
+    "temperature": _spoilt_temperature,
+    "later": _spoilt_later,
+    "pending": _spoilt_pending,
+    "stages": _spoilt_stages,
+}
 
 
 @contextlib.contextmanager
@@ -66,24 +84,23 @@ def spoilt(key: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def rows_counted() -> Iterator[Counter[str]]:
-    """Count the rows of `q` that each path computes."""
+    """Count the rows of `q` and the stages that each path computes."""
     from vllm_tokentiming.transfer import Transfer
 
     counts: Counter[str] = Counter()
-    sizes = {"first_rows": len, "later_row": lambda row: 1, "candidate_rows": len, "paper_row": lambda row: 1}
 
     def counting(name: str) -> Any:
         original = getattr(Transfer, name)
 
         def method(*arguments: Any) -> Any:
-            rows = original(*arguments)
-            counts[name] += sizes[name](rows)
-            return rows
+            found = original(*arguments)
+            counts[name] += len(found) if name == "first_rows" else 1
+            return found
 
         return method
 
     with contextlib.ExitStack() as stack:
-        for name in sizes:
+        for name in ("first_rows", "later_row", "later_candidate_row", "first_stage", "later_stage", "paper_row"):
             stack.enter_context(replaced(Transfer, name, counting(name)))
         yield counts
 

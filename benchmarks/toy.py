@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 BEGIN, END = "<s>", "</s>"
 BEGIN_ID, END_ID = 0, 1
 HEAD_SIZE = 64  # One of those that vLLM's attention on the CPU supports.
-PROMPT = "abc d"
+PROMPT = "abcé d"
 
 # In the alphabet of byte-level tokenizers: Ġ is the space, Ã and © are the two bytes of é.
 _LETTERS = ("a", "b", "c", "d", "Ġ", "Ã", "©")

@@ -9,7 +9,7 @@ pytest.importorskip("vllm")
 from vllm_tokentiming.draft.sampling import DraftSampling, draw, law, seed_of, uniforms
 from vllm_tokentiming.draft_length import Chain, FixedLength, History
 from vllm_tokentiming.transducer import Transducer
-from vllm_tokentiming.transfer import Transfer
+from vllm_tokentiming.transfer import CANDIDATES, RARE, Transfer
 from vllm_tokentiming.writer import Draft, Writer
 
 
@@ -30,21 +30,53 @@ def random_law(transducer, draft_size, seed, sharpness=3.0):
 
 
 def enumerated(transducer, probs, pending, emitted, target_size):
-    """The law of the next emitted token by its definition: over all draft tokens, one by one."""
+    """The law of the next emitted token by its definition: over all draft tokens, one by one.
+
+    That of a first token is not renormalised: the rest waits.
+    """
     q = torch.zeros(target_size, dtype=torch.float64)
     for draft_id in probs.nonzero().squeeze(1).tolist():
         target_ids, _ = transducer.emit(pending, draft_id)
         if len(target_ids) > len(emitted) and target_ids[: len(emitted)] == emitted:
             q[target_ids[len(emitted)]] += float(probs[draft_id])
-    return q / q.sum()
+    return q / q.sum() if emitted else q
 
 
-def test_the_first_token_of_an_emission_has_the_enumerated_law(transducer, sizes):
+def enumerated_waits(transducer, probs, pending):
+    """The probability of each group of waiting bytes by its definition."""
+    found = dict.fromkeys(transducer.waits(pending).pending, 0.0)
+    for draft_id in probs.nonzero().squeeze(1).tolist():
+        target_ids, left = transducer.emit(pending, draft_id)
+        if not target_ids and left in found:
+            found[left] += float(probs[draft_id])
+    return torch.tensor(list(found.values()))
+
+
+def test_the_first_token_of_an_emission_has_the_enumerated_law_and_the_rest_waits(transducer, sizes):
     transfer = Transfer(transducer, *sizes, torch.device("cpu"))
     laws = torch.stack([random_law(transducer, sizes[0], seed) for seed in range(3)])
     rows = transfer.first_rows(laws)
     for probs, row in zip(laws, rows, strict=True):
         torch.testing.assert_close(row.double(), enumerated(transducer, probs, b"", [], sizes[1]), atol=1e-6, rtol=1e-4)
+        stage = transfer.first_stage(probs, row, transducer.left_waiting[0], 0.5)
+        torch.testing.assert_close(stage.waiting, enumerated_waits(transducer, probs, b""), atol=1e-6, rtol=1e-4)
+        assert float(row.sum() + stage.waiting.sum()) == pytest.approx(1, abs=1e-5)
+        assert transducer.waits(b"").pending[stage.drawn] == transducer.left_waiting[0]
+
+
+def test_tokens_that_wait_are_not_drawn_where_they_are_unlikely_together(transducer, sizes):
+    transfer = Transfer(transducer, *sizes, torch.device("cpu"))
+    waiting = torch.from_numpy(transducer.waiting)
+    laws = torch.stack([random_law(transducer, sizes[0], seed) for seed in range(4)])
+    for row, mass in enumerate((0.0, 0.9 * RARE, 1.1 * RARE, 1.0)):
+        laws[row, waiting] = 0
+        laws[row] *= (1 - mass) / laws[row].sum()
+        laws[row, waiting] = mass / len(waiting)
+    before = laws.clone()
+    assert transfer.drop_rare_waits(laws).tolist() == [False, False, True, True]
+    torch.testing.assert_close(laws[[0, 2, 3]], before[[0, 2, 3]])
+    before[1, waiting] = 0
+    torch.testing.assert_close(laws[1], before[1] / before[1].sum())
 
 
 def test_later_tokens_of_an_emission_have_the_enumerated_law(transducer, sizes):
@@ -61,19 +93,27 @@ def test_later_tokens_of_an_emission_have_the_enumerated_law(transducer, sizes):
 
 
 @pytest.mark.parametrize("pending", ["é".encode()[:1], "日".encode()[:2], "🙂".encode()[:3]])
-def test_with_bytes_pending_every_token_has_the_enumerated_law(transducer, sizes, pending):
+def test_with_bytes_pending_every_outcome_has_the_enumerated_law(transducer, sizes, pending):
     transfer = Transfer(transducer, *sizes, torch.device("cpu"))
-    probs = torch.zeros(sizes[0])
-    candidates = [*range(0x80 + 3, 0x80 + 3 + 40), *range(400, 420)]  # Byte tokens and ordinary ones.
-    candidates = [i for i in candidates if transducer.draftable[i]]
-    probs[candidates] = torch.rand(len(candidates), generator=torch.Generator().manual_seed(1))
-    probs /= probs.sum()
-    mass = {i: float(probs[i]) for i in candidates}
+    likely = [*range(0x80 + 3, 0x80 + 3 + 30), *range(400, 420)]  # Byte tokens and ordinary ones.
+    likely = [i for i in likely if transducer.draftable[i]]
+    probs = random_law(transducer, sizes[0], seed=1) * 1e-3
+    probs[likely] += torch.rand(len(likely), generator=torch.Generator().manual_seed(1))
+    candidates = transfer.candidates(probs / probs.sum(), pending)
+    assert len(candidates.draft_ids) > 40 and sum(candidates.masses) == pytest.approx(1)
+    assert set(candidates.draft_ids) <= set(probs.topk(CANDIDATES).indices.tolist())
+    law = torch.zeros(sizes[0], dtype=torch.float64)
+    law[candidates.draft_ids] = torch.tensor(candidates.masses, dtype=torch.float64)
+    stage = transfer.later_stage(candidates, torch.zeros(sizes[1]), None, 0.5)
+    expected = enumerated(transducer, law, pending, [], sizes[1])
+    torch.testing.assert_close(stage.at_once.double(), expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(stage.waiting, enumerated_waits(transducer, law, pending), atol=1e-6, rtol=1e-4)
+    assert not any(stage.at_once[transducer.waits(pending).target_ids])
     checked = 0
-    for draft_id in candidates[::3]:
-        emission = transducer.emit(pending, draft_id)[0]
-        for depth, row in enumerate(transfer.candidate_rows(mass, pending, emission)):
-            expected = enumerated(transducer, probs, pending, emission[:depth], sizes[1])
+    for emission, _ in candidates.emissions:
+        for depth in range(1, len(emission)):
+            row = transfer.later_candidate_row(candidates, emission[:depth])
+            expected = enumerated(transducer, law, pending, emission[:depth], sizes[1])
             torch.testing.assert_close(row.double(), expected, atol=1e-6, rtol=1e-4)
             checked += 1
     assert checked > 10

@@ -39,7 +39,7 @@ class Groups:
         number: Of groups.
         target_ids: ``[n] int64``; see there.
         groups: ``[n] int64``; see there.
-        first_ids: The smallest target id of each group, -1 if it has none.
+        first_ids: The first target id of each group, -1 if it has none.
     """
 
     number: int

@@ -48,13 +48,18 @@ def incomplete_tail(data: bytes) -> int:
     return 0
 
 
+def _is_piece(data: bytes) -> bool:
+    return incomplete_tail(data) == len(data)
+
+
 @dataclass(frozen=True)
 class Waits:
     """Which target tokens are to come when a draft token is drawn and bytes go on waiting.
 
     Attributes:
         pending: The bytes that may be waiting then: the groups.
-        target_ids: ``[n] int64``; target tokens that the draft spells by way of one of them, each once.
+        target_ids: ``[n] int64``; target tokens that the draft spells by way of one of them, each once, those that are
+            pieces of characters themselves after the others.
         groups: ``[n] int64``; by way of which.
     """
 
@@ -180,11 +185,12 @@ class Transducer:
             for target_id, data in enumerate(target_bytes.pieces)
             if data and data[0] in _UTF8_LENGTH and target_id not in target_bytes.special
         ]
-        for target_id in np.setdiff1d(begin_inside, self.first).tolist():
+        spelled = np.setdiff1d(begin_inside, self.first).tolist()
+        for target_id in sorted(spelled, key=lambda i: _is_piece(target_bytes[i])):
             data, pending, end = target_bytes[target_id], b"", 0
             for length in draft.token_bytes.lengths[draft.encoder.encode(data)].tolist():
                 end += length
-                if incomplete_tail(data[:end]) < end:
+                if not _is_piece(data[:end]):
                     break
                 found[pending][target_id] = pending = data[:end]
         waits = {}
