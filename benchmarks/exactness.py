@@ -89,6 +89,7 @@ SETTINGS = (
     Setting("seeded requests, adaptive length", speculation={**PRIOR, "adaptive_length": True}, seeded=True),
     Setting("no prior", speculation=NO_PRIOR),
     Setting("few draft tokens", speculation={**PRIOR, "max_draft_tokens": 2}),
+    Setting("stages that fail", speculation=PRIOR, spoil="failing stages"),
     Setting("lossy vocabularies", pair="small", speculation=PRIOR),
     Setting("same vocabulary", pair="same", speculation=NO_PRIOR),
     Setting("tli", speculation={"strategy": "tli"}),

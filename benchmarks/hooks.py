@@ -1,6 +1,7 @@
 """What benchmarks put into a running engine for a while: counters, and proposal probabilities that are wrong."""
 
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -62,11 +63,25 @@ def _spoilt_stages(_writer: Any, transfer: Any) -> tuple[Any, str, Any]:
     return transfer.Transfer, "first_stage", first_stage
 
 
+def _failing_stages(_writer: Any, _transfer: Any) -> tuple[Any, str, Any]:
+    from vllm_tokentiming import integration
+
+    original, calls = integration.verify_stages, itertools.count()
+
+    def verify_stages(*arguments: Any) -> Any:
+        if next(calls) % 3 == 2:
+            raise RuntimeError("the stages were made to fail")
+        return original(*arguments)
+
+    return integration, "verify_stages", verify_stages
+
+
 SPOILERS = {
     "temperature": _spoilt_temperature,
     "later": _spoilt_later,
     "pending": _spoilt_pending,
     "stages": _spoilt_stages,
+    "failing stages": _failing_stages,
 }
 
 

@@ -22,7 +22,7 @@ SIZE = 9
 
 def emitted_law(rows, proposed_id):
     """What vLLM's rejection sampler emits for one proposal, by its definition."""
-    p, q = rows.double()
+    p, q = (row.double() for row in rows)
     accepted = min(1.0, float(p[proposed_id] / q[proposed_id]))
     left = (p - q).clamp(min=0)
     law = torch.zeros(len(p), dtype=torch.float64)
@@ -38,7 +38,7 @@ def over_uniforms(target_probs, proposed_id, stages, done=()):
     Each such stage accepts below some threshold; it is found by bisection.
     """
     if len(done) == len(stages) or stages[len(done)].drawn is None:
-        return emitted_law(condition(target_probs, torch.tensor(proposed_id), stages), proposed_id)
+        return emitted_law(condition(target_probs, proposed_id, stages), proposed_id)
 
     def at(uniform):
         stage = stages[len(done)]
@@ -46,7 +46,7 @@ def over_uniforms(target_probs, proposed_id, stages, done=()):
         return [*stages[: len(done)], tried, *stages[len(done) + 1 :]]
 
     def rows(uniform):
-        return condition(target_probs, torch.tensor(proposed_id), at(uniform))
+        return torch.stack(condition(target_probs, proposed_id, at(uniform)))
 
     low, high = 0.0, 1 - 2**-24
     if torch.equal(rows(low), rows(high)):
@@ -114,7 +114,7 @@ def test_a_draft_that_is_the_target_is_always_accepted():
         Groups.of(Waits((), np.empty(0, int), np.empty(0, int)), torch.device("cpu")), given_it, torch.empty(0)
     )
     for target_id in range(3):
-        p, q = condition(target_probs, torch.tensor(target_id), [first, second])
+        p, q = condition(target_probs, target_id, [first, second])
         assert p[target_id] >= q[target_id] * (1 - 1e-6)
 
 

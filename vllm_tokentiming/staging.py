@@ -78,48 +78,44 @@ class Stage:
     uniform: float = 0.0
 
 
-def condition(target_probs: torch.Tensor, proposed_id: torch.Tensor, stages: Sequence[Stage]) -> torch.Tensor:
+def condition(
+    target_probs: torch.Tensor, proposed_id: int, stages: Sequence[Stage]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Verify all stages of a proposal but the last, and say what is left to verify.
 
     Args:
         target_probs: ``[target size] float32``, the target's law.
-        proposed_id: ``[] int64``, the proposed target token.
+        proposed_id: The proposed target token.
         stages: Of its drafting, in order. If the last one did not commit it, it does not depend on what was drawn after
             them, and is verified as one-hot.
 
     Returns:
-        ``[2, target size] float32``: ``p``, which sums to 1, and ``q``, for the rejection sampler. Nothing here waits
-        for the device.
+        ``p``, which sums to 1, and ``q``, each ``[target size] float32``, for the rejection sampler.
     """
     p = target_probs
-    alone = torch.zeros_like(p).index_fill_(0, proposed_id.view(1).long(), 1)
-    refused = torch.zeros((), dtype=torch.bool, device=p.device)
-    instead, rows = p, None
+    alone = torch.zeros_like(p)
+    alone[proposed_id] = 1
     for stage in stages:
         target_ids, groups = stage.groups.target_ids, stage.groups.groups
         # Which outcome a target token belongs to may depend on the law of the draw, though not on what was drawn.
-        mass = p[target_ids].masked_fill(stage.at_once[target_ids] > 0, 0)
-        at_once = p.index_add(0, target_ids, mass, alpha=-1)
+        mass = p[target_ids].masked_fill_(stage.at_once[target_ids] > 0, 0)
         waiting = p.new_zeros(stage.groups.number).index_add_(0, groups, mass)
-        left_over = (waiting - stage.waiting).clamp_(min=0) / waiting.clamp(min=_TINY)
-        waited = torch.zeros_like(p).index_add_(0, target_ids, mass * left_over[groups])
-        if stage.drawn is None:
-            rows = torch.stack([at_once + waited, stage.at_once])
+        share = 0.0 if stage.drawn is None or stage.drawn < 0 else float(waiting[stage.drawn])
+        if stage.drawn is not None and share > 0 and stage.uniform * float(stage.waiting[stage.drawn]) < share:
+            given = mass.masked_fill_(groups != stage.drawn, 0).div_(share)
+            p = torch.zeros_like(p).index_add_(0, target_ids, given)
             continue
-        accepted = torch.zeros_like(refused)
-        if stage.drawn >= 0:
-            accepted = stage.uniform * stage.waiting[stage.drawn] < waiting[stage.drawn]
-        instead = torch.where(refused | accepted, instead, (at_once - stage.at_once).clamp_(min=0) + waited)
-        refused = refused | ~accepted
-        given = mass * (groups == stage.drawn) / waiting[stage.drawn].clamp(min=_TINY) if stage.drawn >= 0 else 0 * mass
-        p = torch.zeros_like(p).index_add_(0, target_ids, given)
-    if rows is None:
-        rows = torch.stack([p, alone])
-    # What is to be emitted after a refusal does not depend on the proposal, so this is verified as one-hot, too.
-    total = torch.where(refused, instead.sum(), rows[0].sum())
-    # Rounding alone can leave nothing.
-    rows = torch.where(refused, torch.stack([instead, alone * total]), rows)
-    return torch.where(total > 0, rows / total.clamp(min=_TINY), torch.stack([target_probs, alone]))
+        more = (waiting - stage.waiting).clamp_(min=0).div_(waiting.clamp(min=_TINY))
+        rest = p.index_add(0, target_ids, mass * (more[groups] - 1))
+        q = stage.at_once
+        if stage.drawn is not None:
+            # What is emitted instead does not depend on what is proposed, so that is verified as one-hot.
+            rest, q = rest.sub_(stage.at_once).clamp_(min=0), alone
+        total = float(rest.sum())
+        if total <= 0:  # By rounding alone.
+            return target_probs, alone
+        return rest.div_(total), q if q is alone else q / total
+    return p, alone
 
 
 def verify_stages(
@@ -139,6 +135,6 @@ def verify_stages(
     target_logits, q = target_logits.clone(), q.clone()
     for row, stages in staged.items():
         probs = target_logits[row].softmax(-1, dtype=torch.float32)
-        left_to_verify = condition(probs, proposed_ids[row], stages)
-        target_logits[row], q[row] = left_to_verify[0].log(), left_to_verify[1]
+        p, q[row] = condition(probs, int(proposed_ids[row]), stages)
+        target_logits[row] = p.log()
     return target_logits, q
