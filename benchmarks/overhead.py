@@ -129,8 +129,10 @@ def skip_tensors() -> None:
     torch.Tensor.__setitem__ = lambda *_: None  # type: ignore[method-assign,assignment]
     writer.law = lambda logits, *_: logits  # type: ignore[assignment]
     torch.zeros = lambda *_, **__: NOTHING
-    for name in ("first_rows", "later_row", "candidate_rows"):
+    for name in ("first_rows", "later_row", "candidates", "later_candidate_row"):
         setattr(transfer.Transfer, name, lambda *_: ())
+    transfer.Transfer.drop_rare_waits = lambda *_: torch.tensor([False])  # type: ignore[method-assign,assignment]
+    writer.Writer._add_stage = lambda *_: None  # type: ignore[method-assign,assignment]
 
 
 def watch() -> Clock:
@@ -143,7 +145,18 @@ def watch() -> Clock:
     clock.wrap(transducer.Transducer, "emit", "transduction")
     clock.wrap(writer, "uniforms", "random numbers")
     for owner, names in (
-        (transfer.Transfer, ("first_rows", "later_row", "candidate_rows")),
+        (
+            transfer.Transfer,
+            (
+                "first_rows",
+                "later_row",
+                "candidates",
+                "later_candidate_row",
+                "drop_rare_waits",
+                "first_stage",
+                "later_stage",
+            ),
+        ),
         (torch.Tensor, ("__getitem__", "__setitem__", "index_fill_", "topk", "nonzero")),
         (torch, ("zeros", "stack")),
     ):

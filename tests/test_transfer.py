@@ -55,7 +55,7 @@ def enumerated_waits(transducer, probs, pending):
 def test_the_first_token_of_an_emission_has_the_enumerated_law_and_the_rest_waits(transducer, sizes):
     transfer = Transfer(transducer, *sizes, torch.device("cpu"))
     laws = torch.stack([random_law(transducer, sizes[0], seed) for seed in range(3)])
-    rows = transfer.first_rows(laws)
+    rows = transfer.first_rows(laws, waits=True)
     for probs, row in zip(laws, rows, strict=True):
         torch.testing.assert_close(row.double(), enumerated(transducer, probs, b"", [], sizes[1]), atol=1e-6, rtol=1e-4)
         stage = transfer.first_stage(probs, row, transducer.left_waiting[0], 0.5)

@@ -71,10 +71,8 @@ class Transfer:
         """
         self._transducer = transducer
         self._target_size = target_size
-        first = torch.from_numpy(transducer.first)[:draft_size]
-        emitting = (first >= 0).nonzero().squeeze(1)
-        self._emitting = emitting.to(device)
-        self._first = first[emitting].to(device)
+        # What emits nothing has no probability, or is taken out, so it may be added to any target token.
+        self._first = torch.from_numpy(transducer.first)[:draft_size].clamp(min=0).to(device)
         self._device = device
         self._groups: dict[bytes, Groups] = {}
         have = transducer.waiting < draft_size
@@ -99,17 +97,19 @@ class Transfer:
         probs /= torch.where(waits, 1, 1 - total)
         return waits.squeeze(1)
 
-    def first_rows(self, probs: torch.Tensor) -> torch.Tensor:
+    def first_rows(self, probs: torch.Tensor, waits: bool = False, out: torch.Tensor | None = None) -> torch.Tensor:
         """The law of the first emitted token, with nothing pending.
 
         Args:
-            probs: ``Q``, ``[n, draft size]``.
+            probs: ``Q``, ``[n, draft size]``; 0 for what must not be drafted.
+            waits: Whether tokens that all wait have a probability in it.
+            out: ``[n, target size] float32``, all 0; overwritten with the result if given.
 
         Returns:
             ``[n, target size] float32``; what is missing to 1 waits.
         """
-        q = probs.new_zeros(len(probs), self._target_size)
-        return q.index_add_(1, self._first, probs[:, self._emitting])
+        q = probs.new_zeros(len(probs), self._target_size) if out is None else out
+        return q.index_add_(1, self._first, probs.index_fill(1, self.waiting, 0) if waits else probs)
 
     def later_row(self, probs: torch.Tensor, emitted_ids: tuple[int, ...]) -> torch.Tensor:
         """The law of the next token of an emission that began with ``emitted_ids``, with nothing pending.

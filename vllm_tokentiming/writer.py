@@ -230,9 +230,7 @@ class Writer:
                 if not draft.stale:
                     draft.proxy = retokenize(self._pair, draft.draft_ids)
         if first_rows:
-            assert self.q is not None
-            sources, rows, positions = (list(column) for column in zip(*first_rows, strict=True))
-            self.q[rows, positions] = self._transfer.first_rows(probs[sources])
+            self._fill_first(first_rows, probs, staged is not None)
 
     def finish(self, drafts: Sequence[Draft]) -> None:
         """End a step: what was not drawn gets all the mass where others have a ``q``, and no stage is left alone."""
@@ -323,6 +321,17 @@ class Writer:
             )
         return start if emitted and not pending else None
 
+    def _fill_first(self, first_rows: Sequence[tuple[int, int, int]], probs: torch.Tensor, waits: bool) -> None:
+        """Fill rows of ``q``: each from a row of ``probs``, of a request's row, at a position."""
+        assert self.q is not None
+        sources, rows, positions = (list(column) for column in zip(*first_rows, strict=True))
+        if len(sources) == 1:  # Where nothing is to be copied, that is most of the time it takes.
+            row = self.q[rows[0], positions[0]].unsqueeze(0)
+            self._transfer.first_rows(probs[sources[0]].unsqueeze(0), waits, out=row)
+        else:
+            laws = probs if len(sources) == len(probs) else probs[sources]
+            self.q[rows, positions] = self._transfer.first_rows(laws, waits)
+
     def _add_stage(self, draft: Draft, probs: torch.Tensor, pending: bytes, position: int, commits: bool) -> None:
         assert self.q is not None
         row = self.q[draft.row, position]
@@ -333,7 +342,7 @@ class Writer:
             at_once = row if commits else torch.zeros_like(row)
             draft.stages.append(self._transfer.later_stage(draft.candidates, at_once, left, uniform))
         else:
-            at_once = row if commits else self._transfer.first_rows(probs.unsqueeze(0))[0]
+            at_once = row if commits else self._transfer.first_rows(probs.unsqueeze(0), waits=True)[0]
             draft.stages.append(self._transfer.first_stage(probs, at_once, left, uniform))
         if commits:
             self.stages[draft.row, position], draft.stages = draft.stages, []
