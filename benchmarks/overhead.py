@@ -115,24 +115,23 @@ class Clock:
 
 def skip_tensors() -> None:
     """Let tensor work do nothing: what the host sees of it where the device is another one, with free launches."""
-    chosen: list[torch.Tensor] = []
 
     def favour(self: StandIn, spans: list[Any]) -> torch.Tensor:
-        chosen[:] = [torch.tensor([next(self.favoured)])]
-        return NOTHING.clone()
+        return torch.tensor([[float(self.favoured(span))] for span in spans])  # In the place of logits.
 
     StandIn.forward = favour  # type: ignore[method-assign]
     torch.Tensor.index_fill_ = lambda self, *_: self  # type: ignore[method-assign,assignment]
     torch.Tensor.softmax = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
-    torch.Tensor.max = lambda *_: (CERTAIN, chosen[0])  # type: ignore[method-assign,assignment]
-    writer.draw = lambda *_: chosen[0]  # type: ignore[assignment]
+    torch.Tensor.max = lambda logits, _: (CERTAIN.expand(len(logits)), logits[:, 0].long())  # type: ignore[method-assign]
+    writer.draw = lambda logits, _: logits[:, 0].long()  # type: ignore[assignment]
     torch.Tensor.__setitem__ = lambda *_: None  # type: ignore[method-assign,assignment]
     writer.law = lambda logits, *_: logits  # type: ignore[assignment]
     torch.zeros = lambda *_, **__: NOTHING
-    for name in ("first_rows", "later_row", "candidates", "later_candidate_row"):
+    for name in ("later_row", "candidates", "later_candidate_row"):
         setattr(transfer.Transfer, name, lambda *_: ())
     transfer.Transfer.drop_rare_waits = lambda *_: torch.tensor([False])  # type: ignore[method-assign,assignment]
-    writer.Writer._add_stage = lambda *_: None  # type: ignore[method-assign,assignment]
+    for name in ("_fill_first", "_add_stage"):
+        setattr(writer.Writer, name, lambda *_: None)
 
 
 def watch() -> Clock:
@@ -181,45 +180,62 @@ class StandIn:
         for token_id, count in Counter(usual).items():
             counts[token_id] = count
         self._log_tail = (counts / counts.sum() * (1 - MASS)).log()
-        self.pool = KVPool(num_blocks=1 << 14, block_size=16, num_rows=4, max_tokens=1 << 17)
-        self.favoured: Iterator[int] = iter(())
+        self.pool = KVPool(num_blocks=1 << 14, block_size=16, num_rows=64, max_tokens=1 << 17)
+        self.texts: list[Iterator[int]] = []  # Of each request.
+        self.requests: dict[str, Any] = {}  # The drafter's.
+
+    def favoured(self, span: Any) -> int:
+        """What is favoured after a span."""
+        return next(next(self.texts[int(i)] for i, request in self.requests.items() if request.row == span.row))
 
     def forward(self, spans: list[Any]) -> torch.Tensor:
-        """The logits after the context."""
-        logits = self._log_tail.clone().unsqueeze(0)
-        logits[0, next(self.favoured)] = float(np.log(MASS))
+        """The logits after each span."""
+        logits = self._log_tail.repeat(len(spans), 1)
+        for row, span in zip(logits, spans, strict=True):
+            row[self.favoured(span)] = float(np.log(MASS))
         return logits
 
 
 class Simulation:
-    """One request whose target writes a given text."""
+    """A batch of requests whose target writes a given text, each from another place on."""
 
-    def __init__(self, pair: VocabularyPair, shared: writer.Writer, text: bytes, length: int, sampled: bool) -> None:
-        """Begin at `length` target tokens of the text."""
+    def __init__(
+        self, pair: VocabularyPair, shared: writer.Writer, text: bytes, length: int, sampled: bool, batch: int
+    ) -> None:
+        """Begin at `length` target tokens of the text, or up to `batch` more."""
         self._pair, self._text = pair, text
         self._target_ids = np.array(pair.target.encoder.encode(text), dtype=np.int32)
         self._offsets = pair.target.token_bytes.lengths[self._target_ids].cumsum()
         self._usual = pair.draft.encoder.encode(text)
         self._model = StandIn(pair.draft.token_bytes.size, self._usual)
         self._drafter = drafting.Drafter(pair, self._model, shared, FixedLength(), MAX_DRAFT_TOKENS)  # type: ignore[arg-type]
+        self._model.requests = self._drafter._requests
         self._sampling = DraftSampling(seed=0, temperature=1.0) if sampled else None
-        self._num_target = length
+        self._num_target = [length + number for number in range(batch)]
         self._rng = random.Random(length)
 
-    def step(self) -> int:
-        """Propose once, and let the target verify; how many proposals it accepted."""
-        begin = int(self._offsets[self._num_target - 1])
+    def _favoured(self, num_target: int) -> Iterator[int]:
+        begin = int(self._offsets[num_target - 1])
         right = self._pair.draft.encoder.encode(self._text[begin : begin + 100])
         favoured = [self._rng.choice(self._usual) if self._rng.random() < WRONG else token_id for token_id in right]
-        self._model.favoured = itertools.chain(favoured, itertools.repeat(self._usual[0]))
-        committed = drafting.Committed("request", self._target_ids, self._num_target, NUM_PROPOSALS, self._sampling)
-        proposed = self._drafter.propose([committed]).target_ids[0]
-        true = self._target_ids[self._num_target :].tolist()
-        accepted = next(
-            (i for i, pair in enumerate(zip(proposed, true, strict=False)) if len({*pair}) > 1), len(proposed)
-        )
-        self._num_target += accepted + 1
-        return accepted
+        return itertools.chain(favoured, itertools.repeat(self._usual[0]))
+
+    def step(self) -> float:
+        """Propose once, and let the target verify; how many proposals of a request it accepted."""
+        self._model.texts = [self._favoured(number) for number in self._num_target]
+        batch = [
+            drafting.Committed(str(index), self._target_ids, number, NUM_PROPOSALS, self._sampling)
+            for index, number in enumerate(self._num_target)
+        ]
+        total = 0
+        for index, proposed in enumerate(self._drafter.propose(batch).target_ids):
+            true = self._target_ids[self._num_target[index] :].tolist()
+            accepted = next(
+                (i for i, two in enumerate(zip(proposed, true, strict=False)) if len({*two}) > 1), len(proposed)
+            )
+            self._num_target[index] += accepted + 1
+            total += accepted
+        return total / len(batch)
 
 
 @cache
@@ -237,7 +253,7 @@ def text_of(data: Path, kinds: list[str], characters: int) -> bytes:
     return (text * -(-characters // len(text)))[:characters].encode()
 
 
-def simulations(data: Path, names: str, steps: int) -> Iterator[tuple[dict[str, Any], Simulation]]:
+def simulations(data: Path, names: str, steps: int, batch: int) -> Iterator[tuple[dict[str, Any], Simulation]]:
     """Every text, context length and mode of a pair."""
     pair = VocabularyPair.of(*(vocabulary(data, name) for name in names.split("/")))
     sizes = {"draft_size": pair.draft.token_bytes.size, "target_size": pair.target.token_bytes.size}
@@ -246,7 +262,7 @@ def simulations(data: Path, names: str, steps: int) -> Iterator[tuple[dict[str, 
     for (kind, corpora), length, sampled in itertools.product(TEXTS.items(), LENGTHS, (False, True)):
         text = text_of(data, corpora, 6 * (length + 6 * steps) + 2000)
         described = {"pair": names, "text": kind, "context": length, "mode": "sampled" if sampled else "greedy"}
-        yield described, Simulation(pair, shared, text, length, sampled)
+        yield described, Simulation(pair, shared, text, length, sampled, batch)
 
 
 def quartiles(values: list[float]) -> list[float]:
@@ -283,13 +299,16 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="+", default=PAIRS, help="target/draft, names in the data's tokenizers/")
     parser.add_argument("--steps", type=int, default=100, help="timed steps of each simulation")
     parser.add_argument("--warm-up", type=int, default=10, help="steps before those")
+    parser.add_argument("--batch", type=int, default=1, help="requests in a step; what it costs is shared between them")
     parser.add_argument("--skip-tensors", action="store_true", help="the host's part alone, as beside a GPU")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.data is None:
         parser.error("--data, or TOKENTIMING_DATA, must name a folder with tokenizers/ and corpus/")
     args.data = Path(args.data)
-    running = [found for names in args.pairs for found in simulations(args.data, names, args.steps + args.warm_up)]
+    running = [
+        found for names in args.pairs for found in simulations(args.data, names, args.steps + args.warm_up, args.batch)
+    ]
     if args.skip_tensors:
         skip_tensors()
     clock, steps = watch(), []
@@ -298,14 +317,21 @@ def main() -> None:
             clock.take()
             accepted = simulation.step()
             if number >= args.warm_up:
-                steps.append({**described, "accepted": accepted, "us": clock.take()})
+                spent = {phase: taken / args.batch for phase, taken in clock.take().items()}
+                steps.append({**described, "accepted": accepted, "us": spent})
     results = {
         "by context": table(steps, ("pair", "mode", "context")),
         "by text": table(steps, ("pair", "mode", "text")),
         "by pair": table(steps, ("pair", "mode")),
     }
     if args.out:
-        settings = {"proposals": NUM_PROPOSALS, "max_draft_tokens": MAX_DRAFT_TOKENS, "wrong": WRONG, "mass": MASS}
+        settings = {
+            "batch": args.batch,
+            "proposals": NUM_PROPOSALS,
+            "max_draft_tokens": MAX_DRAFT_TOKENS,
+            "wrong": WRONG,
+            "mass": MASS,
+        }
         args.out.write_text(
             json.dumps({"provenance": provenance(), "settings": settings, "results": results}, indent=1)
         )
