@@ -19,7 +19,7 @@ import pytest
 pytestmark = pytest.mark.engine
 
 FAMILY_LEVEL = 1e-4
-NUM_SAMPLINGS = 8  # Of the settings that are exact, all together.
+NUM_SAMPLINGS = 9  # Of the settings that are exact, all together.
 EXACT = {
     "tokentiming": 16_000,
     "mixed batch": 5_000,
@@ -27,10 +27,12 @@ EXACT = {
     "tli": 8_000,
     "seeded requests, adaptive length": 4_000,
     "penalties": 5_000,
+    "stages that fail": 4_000,
 }
 CONTROLS = {
     "control: tokentiming-paper": 16_000,
     "control: wrong temperature": 20_000,
+    "control: wrong stages": 20_000,
 }
 ACCEPTANCE_OUTPUTS = 6_000
 BATCH = 16

@@ -29,6 +29,7 @@ def _run() -> dict:
     grammar = {"structured_outputs": {"regex": "[a-z ]{5,20}"}, "ignore_eos": False}
     engine.generate(llm, texts()[:6], engine.greedy(24))
     engine.generate(llm, texts()[:3], sampled)
+    engine.generate(llm, ["人人生而自由，在尊严和权利上一律平等。"] * 4, sampled)
     engine.generate(llm, texts()[:2], engine.greedy(24, temperature=0.8, **_structured(grammar)))
     counted = engine.counters(llm)
     first = {name: metric.value for name, metric in _ours(llm).items()}
@@ -79,6 +80,7 @@ def test_tokens_and_passes_are_counted(metrics):
     assert first["draft_tokens.drafted"] >= first["draft_tokens.kept"] > 0
     # What vLLM counts is what it was handed, less what a grammar forbade and what came after a request's end.
     assert first["proposed_tokens"] >= metrics["vllm"]["proposed"] > 0
+    assert 0 < first["staged_tokens"] < first["proposed_tokens"]
 
 
 def test_metrics_carry_the_labels_of_vllm(metrics):

@@ -107,6 +107,7 @@ class Counts:
         drafted: Written and run through the draft.
         kept: Those of them whose entries stood after verification: they are never in ``read``.
         proposed: Target tokens.
+        staged: Those of them that are verified in stages.
         not_drafted: Requests that could have had proposals in a step and got none, by reason: it would not pay
             (``length``), no free blocks (``blocks``), too long a context (``positions``), still reading (``reading``).
     """
@@ -119,6 +120,7 @@ class Counts:
     drafted: int = 0
     kept: int = 0
     proposed: int = 0
+    staged: int = 0
     not_drafted: Counter[str] = field(default_factory=Counter)
 
 
@@ -174,6 +176,7 @@ class Drafter:
             "draft_passes": counts.passes,
             "draft_tokens": {kind: getattr(counts, kind) for kind in kinds},
             "proposed_tokens": counts.proposed,
+            "staged_tokens": counts.staged,
             "one_hot": self._writer.one_hot,
             "not_drafted": counts.not_drafted,
             "seconds": self.clock.seconds,
@@ -251,6 +254,7 @@ class Drafter:
             self.counts.proposed += len(target_ids[draft.index])
         kind, num_tokens, seconds = self.costs[0]
         self.costs[0] = (kind, num_tokens, seconds + time.perf_counter() - written)
+        self.counts.staged += len(self._writer.stages)
         request_ids = [batch[draft.index].request_id for draft in drafts]
         stages = {(request_ids[row], position): found for (row, position), found in self._writer.stages.items()}
         return Proposals(target_ids, self._writer.q, request_ids, stages)
