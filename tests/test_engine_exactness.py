@@ -32,7 +32,6 @@ EXACT = {
 CONTROLS = {
     "control: tokentiming-paper": 16_000,
     "control: wrong temperature": 20_000,
-    "control: wrong stages": 20_000,
 }
 ACCEPTANCE_OUTPUTS = 6_000
 BATCH = 16
