@@ -107,8 +107,8 @@ def rows_counted() -> Iterator[Counter[str]]:
     def counting(name: str) -> Any:
         original = getattr(Transfer, name)
 
-        def method(*arguments: Any) -> Any:
-            found = original(*arguments)
+        def method(*arguments: Any, **named: Any) -> Any:
+            found = original(*arguments, **named)
             counts[name] += len(found) if name == "first_rows" else 1
             return found
 
