@@ -127,8 +127,10 @@ def skip_tensors() -> None:
     torch.Tensor.__setitem__ = lambda *_: None  # type: ignore[method-assign,assignment]
     writer.law = lambda logits, *_: logits  # type: ignore[assignment]
     torch.zeros = lambda *_, **__: NOTHING
-    for name in ("later_row", "candidates", "later_candidate_row"):
+    torch.Tensor.zero_ = lambda self: self  # type: ignore[method-assign]
+    for name in ("later_row", "later_candidate_row"):
         setattr(transfer.Transfer, name, lambda *_: ())
+    transfer.Transfer.candidates = lambda *_: transfer.Candidates(b"", [], [], [])  # type: ignore[method-assign]
     transfer.Transfer.drop_rare_waits = lambda *_: torch.tensor([False])  # type: ignore[method-assign,assignment]
     for name in ("_fill_first", "_add_stage"):
         setattr(writer.Writer, name, lambda *_: None)

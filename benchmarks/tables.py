@@ -136,5 +136,6 @@ SECTIONS = {
     "serving": ("Under a serving load", serving),
     "transfer_cost": ("What the exact transfer costs", transfer_cost),
     "overhead": ("What the plugin costs the host, without models", overhead),
+    "overhead_batch": ("The same for 8 requests in a step", overhead),
     "kernels": ("The alignment kernels beside other libraries", kernels),
 }

@@ -22,11 +22,19 @@ import numpy as np
 import torch
 
 from vllm_tokentiming.draft.sampling import DraftSampling, draw, law
+from vllm_tokentiming.transducer import NOTHING, Waits
 from vllm_tokentiming.transfer import Transfer
 
 
 class Table:
-    """Stands for a transducer with random emissions."""
+    """Stands for a transducer with random emissions, none of which waits."""
+
+    waiting: np.ndarray = np.empty(0, np.int64)
+    left_waiting: tuple[bytes, ...] = ()
+
+    def waits(self, _: bytes) -> Waits:
+        """Nothing."""
+        return NOTHING
 
     def __init__(self, size: int, rng: np.random.Generator) -> None:
         """Let one token in ten emit two target tokens, the others one."""
@@ -67,7 +75,10 @@ def measure(vocab: int, batch: int, device: torch.device, repetitions: int) -> d
     rows = list(range(batch))
 
     def carry_over() -> None:
-        q[rows, [0] * batch] = transfer.first_rows(probs[rows])
+        if batch == 1:  # As `Writer` does it.
+            transfer.first_rows(probs, out=q[0])
+        else:
+            q[rows, [0] * batch] = transfer.first_rows(probs)
 
     def later() -> None:
         for row in range(0, batch, 10):

@@ -68,6 +68,9 @@ class Waits:
     groups: npt.NDArray[np.int64]
 
 
+NOTHING = Waits((), np.empty(0, np.int64), np.empty(0, np.int64))
+
+
 class Transducer:
     """Writes draft tokens of one pair in target tokens.
 
@@ -173,7 +176,7 @@ class Transducer:
         Args:
             pending: Bytes drafted but not yet written.
         """
-        return self._waits.get(pending, _NOTHING)
+        return self._waits.get(pending, NOTHING)
 
     def _spelled(self) -> dict[bytes, Waits]:
         """``waits``, from how the draft spells each target token; not of those that a draft token emits at once."""
@@ -200,6 +203,3 @@ class Transducer:
             groups = np.array([number[name] for name in after.values()], dtype=np.int64)
             waits[pending] = Waits(tuple(names), np.array(list(after), dtype=np.int64), groups)
         return waits
-
-
-_NOTHING = Waits((), np.empty(0, np.int64), np.empty(0, np.int64))
