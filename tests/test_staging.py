@@ -150,6 +150,37 @@ def test_target_tokens_are_waited_for_by_way_of_what_they_begin_with(names):
             reached.add(left)
 
 
+def test_no_draw_of_a_proposal_is_left_out_where_the_target_cannot_write_what_was_drafted():
+    """With a lossy target, bytes that waited may come to nothing; their stages still belong to the next proposal."""
+    pair = load_pair("bert", "gpt2")
+    sizes = pair.draft.token_bytes.size, pair.target.token_bytes.size
+    writer = Writer(
+        pair, "tokentiming", draft_size=sizes[0], target_size=sizes[1], num_proposals=3, max_draft_tokens=6,
+        device=torch.device("cpu"), max_q_bytes=1 << 30, length=FixedLength(),
+    )  # fmt: skip
+    emoji = sorted(set(pair.draft.encoder.encode("🙂🙃🦀🧵🪐🫠🥝".encode())))
+    vanished = 0
+    for seed in range(20):
+        draft = Draft(0, Chain(History(), 3), DraftSampling(seed, 1.0), position=seed)
+        writer.begin([draft])
+        for number in range(6):
+            before = len(draft.stages)
+            logits = torch.randn(1, sizes[0], generator=torch.Generator().manual_seed(100 * seed + number))
+            logits[:, emoji] += 12.0
+            writer.advance([draft], logits)
+            in_vain = not draft.pending and bool(draft.stages)
+            vanished += in_vain
+            assert len(draft.stages) == before + 1 or not draft.stages  # One more, or all belong to a proposal.
+            if draft.done:
+                break
+        left = len(draft.stages)
+        writer.finish([draft])
+        position = len(draft.proxy.target_ids)
+        assert not left or len(writer.stages[0, position]) == left
+        assert all(0 <= target_id < sizes[1] for target_id in draft.proposed_ids)
+    assert vanished > 5
+
+
 def test_the_stages_of_a_proposal_begin_with_nothing_pending_and_the_last_one_can_commit_it(embedded):
     transducer = Transducer(embedded.pair)
     sizes = embedded.pair.draft.token_bytes.size, embedded.pair.target.token_bytes.size

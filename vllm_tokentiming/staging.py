@@ -51,9 +51,7 @@ class Groups:
     def of(cls, waits: Waits, device: torch.device) -> Groups:
         """Copy them there."""
         first_ids = [-1] * len(waits.pending)
-        for target_id, group in sorted(
-            zip(waits.target_ids.tolist(), waits.groups.tolist(), strict=True), reverse=True
-        ):
+        for target_id, group in zip(waits.target_ids[::-1].tolist(), waits.groups[::-1].tolist(), strict=True):
             first_ids[group] = target_id
         target_ids, groups = (torch.from_numpy(column).to(device) for column in (waits.target_ids, waits.groups))
         return cls(len(waits.pending), target_ids, groups, tuple(first_ids))

@@ -80,6 +80,7 @@ class Transducer:
         count: ``[draft size] int32``; length of that emission.
         waiting: ``[w] int64``; the draft tokens that emit nothing then, since all their bytes wait.
         left_waiting: What each of them leaves pending.
+        lost: ``[l] int64``; the draft tokens that emit nothing and leave nothing: what a lossy target cannot write.
     """
 
     def __init__(self, pair: VocabularyPair, *, one_to_one: bool = False) -> None:
@@ -118,7 +119,10 @@ class Transducer:
             if pending:
                 self._left_pending[draft_id] = pending
         self._longer: dict[tuple[int, ...], tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = {}
-        self.waiting: npt.NDArray[np.int64] = np.flatnonzero(self.draftable & (self.count == 0))
+        in_vain = np.flatnonzero(self.draftable & (self.count == 0))
+        waits = np.isin(in_vain, list(self._left_pending))
+        self.waiting: npt.NDArray[np.int64] = in_vain[waits]
+        self.lost: npt.NDArray[np.int64] = in_vain[~waits]
         self.left_waiting = [self._left_pending[draft_id] for draft_id in self.waiting.tolist()]
         self._waits = self._spelled() if len(self.waiting) else {}
 
@@ -163,12 +167,12 @@ class Transducer:
         return found
 
     def alone(self, pending: bytes) -> int:
-        """The first target token of waiting bytes that nothing follows.
+        """The first target token of waiting bytes that nothing follows; any, where the target cannot write them.
 
         Args:
             pending: The bytes.
         """
-        return self._pair.target.encoder.encode(pending)[0]
+        return next(iter(self._pair.target.encoder.encode(pending)), 0)
 
     def waits(self, pending: bytes) -> Waits:
         """Which target tokens the draft spells by way of waiting once more.

@@ -141,7 +141,10 @@ class Writer:
         draftable[: len(known)] = known
         self._never = (~draftable).nonzero().squeeze(1).to(device)
         self._staged = strategy == "tokentiming" and len(self._transducer.waiting) > 0
-        self._never_or_waiting = torch.cat([self._never, self._transfer.waiting])
+        # With nothing pending, what is lost says nothing about what comes next, so drawing it would be of no use.
+        lost = torch.from_numpy(self._transducer.lost if strategy == "tokentiming" else np.empty(0, np.int64))
+        self._lost = lost[lost < draft_size].to(device)
+        self._never_or_waiting = torch.cat([self._never, self._lost, self._transfer.waiting])
         self._wide = [not (data or b"").isascii() for data in pair.draft.token_bytes.pieces]
         self._device = device
         self.q: torch.Tensor | None = None
@@ -241,10 +244,8 @@ class Writer:
             return
         for draft in drafts:
             if draft.stages:
-                position, target_id = (
-                    len(draft.proxy.target_ids),
-                    self._transfer.any_of(draft.stages[-1], draft.pending),
-                )
+                position = len(draft.proxy.target_ids)
+                target_id = self._transfer.any_of(draft.stages[-1], draft.pending)
                 draft.after = [target_id]
                 self.q[draft.row, position, target_id] = 1
                 self.stages[draft.row, position] = draft.stages
@@ -256,13 +257,15 @@ class Writer:
 
     def _mask(self, drafts: Sequence[Draft], logits: torch.Tensor) -> None:
         """Rule out what must not be drafted, or drawn."""
-        without = [row for row, draft in enumerate(drafts) if draft.sampling and not (draft.pieces or draft.pending)]
-        if self._staged and len(without) == len(drafts):
+        drawing = [row for row, draft in enumerate(drafts) if draft.sampling and not draft.pending]
+        without = [row for row in drawing if self._staged and not drafts[row].pieces]
+        if len(without) == len(drafts):
             logits.index_fill_(1, self._never_or_waiting, float("-inf"))
             return
         logits.index_fill_(1, self._never, float("-inf"))
-        if self._staged and without:
-            logits[torch.tensor(without, device=logits.device)[:, None], self._transfer.waiting] = float("-inf")
+        for rows, draft_ids in ((drawing, self._lost), (without, self._transfer.waiting)):
+            if rows and len(draft_ids):
+                logits[torch.tensor(rows, device=logits.device)[:, None], draft_ids] = float("-inf")
 
     def _draw(
         self, drafts: Sequence[Draft], logits: torch.Tensor
@@ -310,7 +313,7 @@ class Writer:
         draft.pieces = draft.pieces or bool(self._wide[draft_id])
         if start >= draft.max_proposals:
             return None
-        if staged:
+        if staged or draft.stages:  # What a lossy target cannot write leaves a stage behind, and nothing pending.
             self._add_stage(draft, probs, pending, start, bool(emitted))
         for depth in range(1, min(len(emitted), draft.max_proposals - start)):
             before = emitted[:depth]
