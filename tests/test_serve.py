@@ -42,7 +42,9 @@ def test_concurrent_clients_get_what_a_client_alone_gets(server, alone):
 def test_concurrent_streams_and_sampled_requests_disturb_nobody(server, alone):
     def ask(index: int) -> str:
         if index % 2:
-            return server.complete(PROMPTS[index], temperature=0.9, top_p=0.95, extra_body={"top_k": 20 + index})
+            # A draw may be the end of text at once, which would leave nothing to see.
+            sampled = {"top_k": 20 + index, "min_tokens": 1}
+            return server.complete(PROMPTS[index], temperature=0.9, top_p=0.95, extra_body=sampled)
         return server.complete(PROMPTS[index], stream=True)
 
     with ThreadPoolExecutor(NUM_CLIENTS) as clients:
