@@ -150,14 +150,19 @@ def test_target_tokens_are_waited_for_by_way_of_what_they_begin_with(names):
             reached.add(left)
 
 
+def make_writer(pair, max_draft_tokens):
+    return Writer(
+        pair, "tokentiming", draft_size=pair.draft.token_bytes.size, target_size=pair.target.token_bytes.size,
+        num_proposals=3, max_draft_tokens=max_draft_tokens, device=torch.device("cpu"), max_q_bytes=1 << 30,
+        length=FixedLength(),
+    )  # fmt: skip
+
+
 def test_no_draw_of_a_proposal_is_left_out_where_the_target_cannot_write_what_was_drafted():
     """With a lossy target, bytes that waited may come to nothing; their stages still belong to the next proposal."""
     pair = load_pair("bert", "gpt2")
     sizes = pair.draft.token_bytes.size, pair.target.token_bytes.size
-    writer = Writer(
-        pair, "tokentiming", draft_size=sizes[0], target_size=sizes[1], num_proposals=3, max_draft_tokens=6,
-        device=torch.device("cpu"), max_q_bytes=1 << 30, length=FixedLength(),
-    )  # fmt: skip
+    writer = make_writer(pair, max_draft_tokens=6)
     emoji = sorted(set(pair.draft.encoder.encode("🙂🙃🦀🧵🪐🫠🥝".encode())))
     vanished = 0
     for seed in range(20):
@@ -184,10 +189,7 @@ def test_no_draw_of_a_proposal_is_left_out_where_the_target_cannot_write_what_wa
 def test_the_stages_of_a_proposal_begin_with_nothing_pending_and_the_last_one_can_commit_it(embedded):
     transducer = Transducer(embedded.pair)
     sizes = embedded.pair.draft.token_bytes.size, embedded.pair.target.token_bytes.size
-    writer = Writer(
-        embedded.pair, "tokentiming", draft_size=sizes[0], target_size=sizes[1], num_proposals=3, max_draft_tokens=4,
-        device=torch.device("cpu"), max_q_bytes=1 << 30, length=FixedLength(),
-    )  # fmt: skip
+    writer = make_writer(embedded.pair, max_draft_tokens=4)
     kinds = {"committed": 0, "ended": 0, "several": 0}
     for seed in range(60):
         draft = Draft(0, Chain(History(), 3), DraftSampling(seed, 1.0), position=seed)

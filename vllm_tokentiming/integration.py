@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from vllm.config import VllmConfig
@@ -88,6 +87,7 @@ def install() -> None:
     input_fits = GPUModelRunner._input_fits_in_drafter
     sample = GPUModelRunner._sample
     verify = rejection_sampler.rejection_sample
+    parameters = inspect.signature(verify)
 
     @functools.wraps(propose)
     def propose_draft_token_ids(
@@ -122,8 +122,8 @@ def install() -> None:
             # With nothing to verify, the rejection sampler does what the sampler does, in more steps.
             if not any(spec_decode_metadata.num_draft_tokens):
                 spec_decode_metadata = None
-            else:
-                _verified[:] = _stages(self, spec_decode_metadata.num_draft_tokens)
+            elif stages := _stages(self, spec_decode_metadata.num_draft_tokens):
+                _verified.append((self.drafter, stages))
         try:
             return sample(self, logits, spec_decode_metadata)
         finally:
@@ -133,11 +133,11 @@ def install() -> None:
     def rejection_sample(*args: Any, **kwargs: Any) -> Any:
         if not _verified:
             return verify(*args, **kwargs)
-        call = inspect.signature(verify).bind(*args, **kwargs).arguments
+        drafter, stages = _verified[0]
+        call = parameters.bind(*args, **kwargs).arguments
         if (q := call["draft_probs"]) is not None:
             call["draft_probs"] = None  # If this fails, all is verified as one-hot, which is exact as well.
-            with _verified[0].drafter.guard():
-                stages = {found.row: found.stages for found in _verified}
+            with drafter.guard():
                 call["target_logits"], call["draft_probs"] = verify_stages(
                     call["target_logits"], q, call["draft_token_ids"], stages
                 )
@@ -150,27 +150,19 @@ def install() -> None:
     rejection_sampler.rejection_sample = rejection_sample
 
 
-@dataclass(frozen=True)
-class _Staged:
-    """A proposal that is verified in stages: its row in the rejection sampler."""
-
-    drafter: Any
-    row: int
-    stages: list[Stage]
+# In the step that is being sampled, if it verifies any in stages: the proposer, and what `_stages` gives.
+_verified: list[tuple[Any, dict[int, list[Stage]]]] = []
 
 
-_verified: list[_Staged] = []  # In the step that is being sampled.
-
-
-def _stages(runner: Any, num_proposed: list[int]) -> list[_Staged]:
-    """The proposals of a step that are verified in stages."""
-    drafter, row, found = runner.drafter, 0, []
-    if not drafter.proposals.stages:
-        return []
+def _stages(runner: Any, num_proposed: list[int]) -> dict[int, list[Stage]]:
+    """The stages of a step's proposals that have any, by their rows in the rejection sampler."""
+    stages, row, found = runner.drafter.proposals.stages, 0, {}
+    if not stages:
+        return {}
     for request_id, number in zip(runner.input_batch.req_ids, num_proposed, strict=False):
         for position in range(number):
-            if stages := drafter.proposals.stages.get((request_id, position)):
-                found.append(_Staged(drafter, row + position, stages))
+            if (request_id, position) in stages:
+                found[row + position] = stages[request_id, position]
         row += number
     return found
 

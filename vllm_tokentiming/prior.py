@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_tokentiming.pair import VocabularyPair
-from vllm_tokentiming.transducer import incomplete_tail
+from vllm_tokentiming.transducer import is_piece
 
 
 class AlignmentPrior:
@@ -29,7 +29,7 @@ class AlignmentPrior:
         self._pieces = [
             i
             for i, data in enumerate(pair.draft.token_bytes.pieces)
-            if data and (data[0] & 0xC0 == 0x80 or incomplete_tail(data) == len(data))
+            if data and (data[0] & 0xC0 == 0x80 or is_piece(data))
         ]
         self._seen: npt.NDArray[np.float64] = np.zeros(size)
         self._aligned: npt.NDArray[np.float64] = np.zeros(size)

@@ -48,7 +48,8 @@ def incomplete_tail(data: bytes) -> int:
     return 0
 
 
-def _is_piece(data: bytes) -> bool:
+def is_piece(data: bytes) -> bool:
+    """Whether ``data`` is nothing but the beginning of a UTF-8 character."""
     return incomplete_tail(data) == len(data)
 
 
@@ -193,11 +194,11 @@ class Transducer:
             if data and data[0] in _UTF8_LENGTH and target_id not in target_bytes.special
         ]
         spelled = np.setdiff1d(begin_inside, self.first).tolist()
-        for target_id in sorted(spelled, key=lambda i: _is_piece(target_bytes[i])):
+        for target_id in sorted(spelled, key=lambda i: is_piece(target_bytes[i])):
             data, pending, end = target_bytes[target_id], b"", 0
             for length in draft.token_bytes.lengths[draft.encoder.encode(data)].tolist():
                 end += length
-                if not _is_piece(data[:end]):
+                if not is_piece(data[:end]):
                     break
                 found[pending][target_id] = pending = data[:end]
         waits = {}

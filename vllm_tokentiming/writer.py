@@ -64,7 +64,7 @@ class Draft:
     candidates: Candidates | None = None  # Of the draw that is on, with bytes pending.
     stages: list[Stage] = field(default_factory=list)  # Of the next proposal's drafting.
     after: list[int] = field(default_factory=list)  # Proposed after ``proxy``, for stages that none followed.
-    uniform: list[float] = field(default_factory=list)  # For the draws, then for the verification of their stages.
+    uniform: list[float] = field(default_factory=list)  # For the draws.
     laws: list[torch.Tensor] = field(default_factory=list)  # `Q` of each drafted token; the published transfer only
     stopped: bool = False
     stale: bool = False  # Whether tokens were drafted that ``proxy`` does not have yet.
@@ -176,7 +176,7 @@ class Writer:
             if not (self._draws and fits):
                 draft.sampling = None
             elif draft.sampling:
-                draft.uniform = uniforms(draft.sampling.seed, draft.position, 2 * self._max_draft_tokens)
+                draft.uniform = uniforms(draft.sampling.seed, draft.position, self._max_draft_tokens)
         if any(draft.sampling for draft in drafts):
             self.q = torch.zeros(len(drafts), *self._shape, device=self._device)
 
@@ -336,10 +336,12 @@ class Writer:
             self.q[rows, positions] = self._transfer.first_rows(laws, waits)
 
     def _add_stage(self, draft: Draft, probs: torch.Tensor, pending: bytes, position: int, commits: bool) -> None:
-        assert self.q is not None
+        assert self.q is not None and draft.sampling is not None
         row = self.q[draft.row, position]
         left = None if commits else draft.pending
-        uniform = draft.uniform[self._max_draft_tokens + len(draft.draft_ids) - 1]
+        # Those after the numbers that the draft is drawn with.
+        number = self._max_draft_tokens + len(draft.draft_ids)
+        uniform = uniforms(draft.sampling.seed, draft.position, number)[-1]
         if pending:
             assert draft.candidates is not None
             at_once = row if commits else torch.zeros_like(row)
