@@ -163,7 +163,8 @@ def watch() -> Clock:
     ):
         for name in names:
             clock.wrap(owner, name, "transfer")
-    for owner, names in ((writer, ("law", "draw")), (torch.Tensor, ("softmax", "max", "amax", "tolist"))):
+    any_draft = ("softmax", "max", "amax", "tolist")
+    for owner, names in ((writer, ("law", "draw")), (torch.Tensor, any_draft), (torch, ("cat",))):
         for name in names:
             clock.wrap(owner, name, "any draft")
     clock.wrap(StandIn, "forward", "model")

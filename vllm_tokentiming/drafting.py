@@ -398,8 +398,10 @@ class Drafter:
             now = time.perf_counter()
             self.costs.append((kind, num_tokens, now - began))
             drafts = [draft for draft in drafts if not draft.done]
-            going = {id(chain) for chain in self._length.go_on([draft.chain for draft in drafts])}
-            drafts = [draft for draft in drafts if id(draft.chain) in going]
+            going = self._length.go_on([draft.chain for draft in drafts])
+            if len(going) < len(drafts):
+                ids = {id(chain) for chain in going}
+                drafts = [draft for draft in drafts if id(draft.chain) in ids]
             if not drafts or num_drafted == self._max_draft_tokens:
                 return
             spans = []

@@ -10,7 +10,7 @@ Imports neither torch nor vLLM.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,7 @@ from vllm_tokentiming.alignment import span_blocks_of_pieces, warp_blocks
 from vllm_tokentiming.pair import VocabularyPair
 
 
-@dataclass(frozen=True)
-class Proxy:
+class Proxy(NamedTuple):
     """The proxy target sequence of a run of drafted tokens.
 
     Attributes:

@@ -140,8 +140,8 @@ class Transducer:
         if self._same:
             return [draft_id], b""
         special = self._pair.special.to_target.get(draft_id)
-        if special is None and not pending and self.count[draft_id]:
-            return list(self._emissions[draft_id]), self._left_pending.get(draft_id, b"")
+        if special is None and not pending and (emission := self._emissions[draft_id]):
+            return list(emission), self._left_pending.get(draft_id, b"")
         data = pending + self._pair.draft.token_bytes[draft_id]
         encoder = self._pair.target.encoder
         if special is not None:

@@ -124,6 +124,7 @@ class Writer:
             length: Decides whether a token is proposed.
             log_prior: ``[draft size]``, the logarithm of the alignment prior, to some power.
         """
+        assert draft_size <= 1 << 24, "ids would not be exact as float32"
         self._pair = pair
         self._length = length
         self._log_prior = None if log_prior is None else torch.from_numpy(log_prior[:draft_size]).float().to(device)
@@ -190,26 +191,27 @@ class Writer:
         Raises:
             FloatingPointError: They are no numbers.
         """
-        self._mask(drafts, logits)
         drawing = [row for row, draft in enumerate(drafts) if draft.sampling]
+        staging = self._staged and any(draft.pieces for draft in drafts)
+        self._mask(drafts, drawing, staging, logits)
+        staged = None
         if len(drawing) == len(drafts):
-            probs, next_ids, staged = self._draw(drafts, logits)
+            probs, next_ids, staged = self._draw(drafts, staging, logits)
             confidences = probs.amax(-1)
         else:
             confidences, next_ids = logits.softmax(-1, dtype=torch.float32).max(-1)
-            staged = None
             if drawing:
-                probs, drawn, staged = self._draw([drafts[row] for row in drawing], logits[drawing])
+                probs, drawn, staged = self._draw([drafts[row] for row in drawing], staging, logits[drawing])
                 next_ids[drawing], confidences[drawing] = drawn, probs.amax(-1)
-        # In one go: on an accelerator, every copy to the host waits for it.
-        written = torch.stack([next_ids.double(), confidences.double()], dim=1).tolist()
+        # In one go: on an accelerator, every copy to the host waits for it. All as float32, which holds ids exactly.
+        written = torch.cat([next_ids, confidences]).tolist()
         stages_of = [False] * len(drawing) if staged is None else staged.tolist()
+        of_drawn = dict(zip(drawing, enumerate(stages_of), strict=True))  # Row of `probs`, and whether it is a stage.
         first_rows: list[tuple[int, int, int]] = []  # Rows of `probs` and `q`, and the position.
-        row_of_probs = {row: i for i, row in enumerate(drawing)}
         # Nothing may be verified with such a `q`.
-        if any(math.isnan(confidence) for _, confidence in written):
+        if math.isnan(sum(written[len(drafts) :])):
             raise FloatingPointError("the draft's logits are not finite")
-        for row, (draft, (drawn_id, confidence)) in enumerate(zip(drafts, written, strict=True)):
+        for row, (draft, drawn_id, confidence) in enumerate(zip(drafts, written, written[len(drafts) :], strict=False)):
             # The token is there already, but must not be looked at for this.
             if not self._length.take(draft.chain, confidence):
                 draft.stopped = True
@@ -217,11 +219,11 @@ class Writer:
             draft_id = int(drawn_id)
             draft.draft_ids.append(draft_id)
             if self._published and draft.sampling:
-                draft.laws.append(probs[row_of_probs[row]])
+                draft.laws.append(probs[of_drawn[row][0]])
                 draft.proxy = retokenize(self._pair, draft.draft_ids)
             elif draft.sampling:
-                source = row_of_probs[row]
-                position = self._transduce(draft, draft_id, probs[source], stages_of[source])
+                source, is_stage = of_drawn[row]
+                position = self._transduce(draft, draft_id, probs, source, is_stage)
                 if position is not None:
                     first_rows.append((source, draft.row, position))
             elif self._always_transduce:
@@ -255,20 +257,20 @@ class Writer:
                 for position, target_id in enumerate(draft.proxy.target_ids[: draft.max_proposals]):
                     self.q[draft.row, position, target_id] = 1
 
-    def _mask(self, drafts: Sequence[Draft], logits: torch.Tensor) -> None:
+    def _mask(self, drafts: Sequence[Draft], drawing: list[int], staging: bool, logits: torch.Tensor) -> None:
         """Rule out what must not be drafted, or drawn."""
-        drawing = [row for row, draft in enumerate(drafts) if draft.sampling and not draft.pending]
-        without = [row for row in drawing if self._staged and not drafts[row].pieces]
-        if len(without) == len(drafts):
+        if self._staged and not staging and len(drawing) == len(drafts):
             logits.index_fill_(1, self._never_or_waiting, float("-inf"))
             return
         logits.index_fill_(1, self._never, float("-inf"))
-        for rows, draft_ids in ((drawing, self._lost), (without, self._transfer.waiting)):
+        fresh = [row for row in drawing if not drafts[row].pending]
+        without = [row for row in fresh if self._staged and not drafts[row].pieces]
+        for rows, draft_ids in ((fresh, self._lost), (without, self._transfer.waiting)):
             if rows and len(draft_ids):
                 logits[torch.tensor(rows, device=logits.device)[:, None], draft_ids] = float("-inf")
 
     def _draw(
-        self, drafts: Sequence[Draft], logits: torch.Tensor
+        self, drafts: Sequence[Draft], staging: bool, logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Shape the laws and draw from them.
 
@@ -278,13 +280,12 @@ class Writer:
         """
         sampling = [draft.sampling for draft in drafts if draft.sampling]
         probs = law(logits, sampling, self._log_prior)
-        staged = None
-        with_pieces = [row for row, d in enumerate(drafts) if self._staged and d.pieces and not d.pending]
+        uniform = [draft.uniform[len(draft.draft_ids)] for draft in drafts]
         pending = [(row, draft) for row, draft in enumerate(drafts) if draft.pending]
-        if with_pieces or pending:
-            staged = torch.tensor([bool(draft.pending) for draft in drafts], device=probs.device)
-        if with_pieces:
-            assert staged is not None
+        if not (staging or pending):
+            return probs, draw(probs, uniform), None
+        staged = torch.tensor([bool(draft.pending) for draft in drafts], device=probs.device)
+        if with_pieces := [row for row, draft in enumerate(drafts) if staging and draft.pieces and not draft.pending]:
             rows = torch.tensor(with_pieces, device=probs.device)
             laws = probs[rows]
             staged[rows] = self._transfer.drop_rare_waits(laws)
@@ -292,16 +293,17 @@ class Writer:
         for row, draft in pending:  # What each candidate emits is found out one by one, so there must be few.
             draft.candidates = candidates = self._transfer.candidates(probs[row], draft.pending)
             probs[row].zero_()[torch.tensor(candidates.draft_ids)] = torch.tensor(candidates.masses).to(probs)
-        return probs, draw(probs, [draft.uniform[len(draft.draft_ids)] for draft in drafts]), staged
+        return probs, draw(probs, uniform), staged
 
-    def _transduce(self, draft: Draft, draft_id: int, probs: torch.Tensor, staged: bool) -> int | None:
+    def _transduce(self, draft: Draft, draft_id: int, probs: torch.Tensor, source: int, is_stage: bool) -> int | None:
         """Write a drawn token in target tokens.
 
         Args:
             draft: Whose.
             draft_id: The token.
-            probs: ``Q``, ``[draft size]``.
-            staged: Whether the draw was a stage.
+            probs: ``[n, draft size]``.
+            source: The row that is its ``Q``.
+            is_stage: Whether the draw was a stage.
 
         Returns:
             The position whose row of ``q`` is to come from ``Transfer.first_rows``, if any.
@@ -313,14 +315,14 @@ class Writer:
         draft.pieces = draft.pieces or bool(self._wide[draft_id])
         if start >= draft.max_proposals:
             return None
-        if staged or draft.stages:  # What a lossy target cannot write leaves a stage behind, and nothing pending.
-            self._add_stage(draft, probs, pending, start, bool(emitted))
+        if is_stage or draft.stages:  # What a lossy target cannot write leaves a stage behind, and nothing pending.
+            self._add_stage(draft, probs[source], pending, start, bool(emitted))
         for depth in range(1, min(len(emitted), draft.max_proposals - start)):
             before = emitted[:depth]
             self.q[draft.row, start + depth] = (
                 self._transfer.later_candidate_row(draft.candidates, before)
                 if pending and draft.candidates
-                else self._transfer.later_row(probs, tuple(before))
+                else self._transfer.later_row(probs[source], tuple(before))
             )
         return start if emitted and not pending else None
 
