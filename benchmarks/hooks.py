@@ -24,8 +24,8 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 def _spoilt_temperature(writer: Any, _transfer: Any) -> tuple[Any, str, Any]:
     original = writer.Writer._draw
 
-    def _draw(self: Any, drafts: Any, logits: Any) -> Any:
-        probs, *drawn = original(self, drafts, logits)
+    def _draw(*arguments: Any) -> Any:
+        probs, *drawn = original(*arguments)
         flatter = probs**0.8
         return flatter / flatter.sum(-1, keepdim=True), *drawn
 

@@ -130,7 +130,8 @@ def skip_tensors() -> None:
     torch.Tensor.zero_ = lambda self: self  # type: ignore[method-assign]
     for name in ("later_row", "later_candidate_row"):
         setattr(transfer.Transfer, name, lambda *_: ())
-    transfer.Transfer.candidates = lambda *_: transfer.Candidates(b"", [], [], [])  # type: ignore[method-assign]
+    nothing = transfer.Candidates(b"", [], [], [])
+    transfer.Transfer.candidates = lambda _, __, pending: [nothing] * len(pending)  # type: ignore[method-assign]
     transfer.Transfer.drop_rare_waits = lambda *_: torch.tensor([False])  # type: ignore[method-assign,assignment]
     for name in ("_fill_first", "_add_stage"):
         setattr(writer.Writer, name, lambda *_: None)

@@ -99,7 +99,7 @@ def test_with_bytes_pending_every_outcome_has_the_enumerated_law(transducer, siz
     likely = [i for i in likely if transducer.draftable[i]]
     probs = random_law(transducer, sizes[0], seed=1) * 1e-3
     probs[likely] += torch.rand(len(likely), generator=torch.Generator().manual_seed(1))
-    candidates = transfer.candidates(probs / probs.sum(), pending)
+    (candidates,) = transfer.candidates((probs / probs.sum()).unsqueeze(0), [pending])
     assert len(candidates.draft_ids) > 40 and sum(candidates.masses) == pytest.approx(1)
     assert set(candidates.draft_ids) <= set(probs.topk(CANDIDATES).indices.tolist())
     law = torch.zeros(sizes[0], dtype=torch.float64)

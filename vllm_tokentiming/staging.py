@@ -53,7 +53,8 @@ class Groups:
         first_ids = [-1] * len(waits.pending)
         for target_id, group in zip(waits.target_ids[::-1].tolist(), waits.groups[::-1].tolist(), strict=True):
             first_ids[group] = target_id
-        target_ids, groups = (torch.from_numpy(column).to(device) for column in (waits.target_ids, waits.groups))
+        columns = (torch.from_numpy(column) for column in (waits.target_ids, waits.groups))
+        target_ids, groups = (column.to(device, non_blocking=True) for column in columns)
         return cls(len(waits.pending), target_ids, groups, tuple(first_ids))
 
 
@@ -98,11 +99,12 @@ def condition(
         # Which outcome a target token belongs to may depend on the law of the draw, though not on what was drawn.
         mass = p[target_ids].masked_fill_(stage.at_once[target_ids] > 0, 0)
         waiting = p.new_zeros(stage.groups.number).index_add_(0, groups, mass)
-        share = 0.0 if stage.drawn is None or stage.drawn < 0 else float(waiting[stage.drawn])
-        if stage.drawn is not None and share > 0 and stage.uniform * float(stage.waiting[stage.drawn]) < share:
-            given = mass.masked_fill_(groups != stage.drawn, 0).div_(share)
-            p = torch.zeros_like(p).index_add_(0, target_ids, given)
-            continue
+        if stage.drawn is not None and stage.drawn >= 0:
+            share, drawn_with = torch.stack([waiting, stage.waiting])[:, stage.drawn].tolist()
+            if share > 0 and stage.uniform * drawn_with < share:
+                given = mass.masked_fill_(groups != stage.drawn, 0).div_(share)
+                p = torch.zeros_like(p).index_add_(0, target_ids, given)
+                continue
         more = (waiting - stage.waiting).clamp_(min=0).div_(waiting.clamp(min=_TINY))
         rest = p.index_add(0, target_ids, mass * (more[groups] - 1))
         q = stage.at_once
@@ -131,8 +133,9 @@ def verify_stages(
         The first two as the rejection sampler is to have them; other rows are as they were.
     """
     target_logits, q = target_logits.clone(), q.clone()
+    proposed = proposed_ids.tolist()
     for row, stages in staged.items():
         probs = target_logits[row].softmax(-1, dtype=torch.float32)
-        p, q[row] = condition(probs, int(proposed_ids[row]), stages)
+        p, q[row] = condition(probs, proposed[row], stages)
         target_logits[row] = p.log()
     return target_logits, q

@@ -18,12 +18,14 @@ The proof stands in ``docs/theory.md``.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from vllm_tokentiming.staging import Groups, Stage
 from vllm_tokentiming.transducer import Transducer
+from vllm_tokentiming.uploading import upload
 
 CANDIDATES = 64
 RARE = 0.05  # Probability of waiting, below which it is not worth a stage.
@@ -122,13 +124,13 @@ class Transfer:
             ``[target size] float32``.
         """
         draft_ids, next_ids = self._transducer.alternatives(emitted_ids)
-        mass = probs[torch.from_numpy(draft_ids).to(probs.device)]
-        return self._row(torch.from_numpy(next_ids).to(probs.device), mass)
+        mass = probs[torch.from_numpy(draft_ids).to(self._device, non_blocking=True)]
+        return self._row(torch.from_numpy(next_ids).to(self._device, non_blocking=True), mass)
 
     def later_candidate_row(self, candidates: Candidates, emitted_ids: list[int]) -> torch.Tensor:
         """The same, with bytes pending."""
         next_ids, masses = candidates.next_ids(emitted_ids)
-        return self._row(torch.tensor(next_ids), torch.tensor(masses))
+        return self._row(upload(next_ids, self._device), upload(masses, self._device))
 
     def first_stage(self, probs: torch.Tensor, at_once: torch.Tensor, left: bytes | None, uniform: float) -> Stage:
         """The stage of a draw with nothing pending.
@@ -162,30 +164,34 @@ class Transfer:
                 mass_of[emitted[0]] += mass
             elif (group := self._group(candidates.pending, then)) is not None and group >= 0:
                 waiting[group] += mass
-        committed_ids = torch.tensor(list(mass_of), dtype=torch.int64, device=at_once.device)
-        at_once[committed_ids] = torch.tensor(list(mass_of.values()), dtype=torch.float32, device=at_once.device)
-        return Stage(
-            groups, at_once, torch.tensor(waiting, device=self._device), self._group(candidates.pending, left), uniform
-        )
+        committed_ids = upload(list(mass_of), self._device, torch.int64)
+        at_once[committed_ids] = upload(list(mass_of.values()), self._device, torch.float32)
+        drawn = self._group(candidates.pending, left)
+        return Stage(groups, at_once, upload(waiting, self._device), drawn, uniform)
 
-    def candidates(self, probs: torch.Tensor, pending: bytes) -> Candidates:
+    def candidates(self, probs: torch.Tensor, pending: Sequence[bytes]) -> list[Candidates]:
         """The draft tokens that may be drawn with bytes pending: the likeliest.
 
         Those that commit at once what the draft spells by waiting are left out: it would be rejected.
 
         Args:
-            probs: ``Q`` before that, ``[draft size]``.
-            pending: The bytes.
+            probs: ``Q`` before that, ``[n, draft size]``.
+            pending: The bytes, ``[n]``.
         """
-        likeliest = probs.topk(min(CANDIDATES, len(probs)))
-        masses, draft_ids = likeliest.values.tolist(), likeliest.indices.tolist()
-        emissions = [self._transducer.emit(pending, draft_id) for draft_id in draft_ids]
+        likeliest = probs.topk(min(CANDIDATES, probs.shape[1]))
+        # In one go; see `Writer.advance`.
+        masses, draft_ids = torch.stack([likeliest.values, likeliest.indices.to(probs.dtype)]).tolist()
+        return [self._candidates(*row) for row in zip(pending, masses, draft_ids, strict=True)]
+
+    def _candidates(self, pending: bytes, masses: list[float], draft_ids: list[float]) -> Candidates:
+        # What each emits is found out one by one, so there must be few.
+        emissions = [self._transducer.emit(pending, int(draft_id)) for draft_id in draft_ids]
         waited_for = set(self._transducer.waits(pending).target_ids.tolist())
         kept = [i for i, (emitted, _) in enumerate(emissions) if not emitted or emitted[0] not in waited_for]
         kept = [i for i in kept if masses[i] > 0] or list(range(len(masses)))
         total = sum(masses[i] for i in kept)
         return Candidates(
-            pending, [draft_ids[i] for i in kept], [masses[i] / total for i in kept], [emissions[i] for i in kept]
+            pending, [int(draft_ids[i]) for i in kept], [masses[i] / total for i in kept], [emissions[i] for i in kept]
         )
 
     def any_of(self, stage: Stage, pending: bytes) -> int:

@@ -31,6 +31,7 @@ from vllm_tokentiming.retokenize import Proxy, align, retokenize
 from vllm_tokentiming.staging import Stage
 from vllm_tokentiming.transducer import Transducer
 from vllm_tokentiming.transfer import Candidates, Transfer
+from vllm_tokentiming.uploading import upload
 
 _LATELY = 8  # Draft tokens.
 
@@ -201,17 +202,20 @@ class Writer:
         else:
             confidences, next_ids = logits.softmax(-1, dtype=torch.float32).max(-1)
             if drawing:
-                probs, drawn, staged = self._draw([drafts[row] for row in drawing], staging, logits[drawing])
-                next_ids[drawing], confidences[drawing] = drawn, probs.amax(-1)
+                rows = upload(drawing, self._device)
+                probs, drawn, staged = self._draw([drafts[row] for row in drawing], staging, logits[rows])
+                next_ids[rows], confidences[rows] = drawn, probs.amax(-1)
         # In one go: on an accelerator, every copy to the host waits for it. All as float32, which holds ids exactly.
-        written = torch.cat([next_ids, confidences]).tolist()
-        stages_of = [False] * len(drawing) if staged is None else staged.tolist()
+        written = torch.cat([next_ids, confidences] if staged is None else [next_ids, confidences, staged]).tolist()
+        number = len(drafts)
+        drawn_ids, confident = written[:number], written[number : 2 * number]
+        stages_of = written[2 * number :] or [False] * len(drawing)
         of_drawn = dict(zip(drawing, enumerate(stages_of), strict=True))  # Row of `probs`, and whether it is a stage.
         first_rows: list[tuple[int, int, int]] = []  # Rows of `probs` and `q`, and the position.
         # Nothing may be verified with such a `q`.
-        if math.isnan(sum(written[len(drafts) :])):
+        if math.isnan(sum(confident)):
             raise FloatingPointError("the draft's logits are not finite")
-        for row, (draft, drawn_id, confidence) in enumerate(zip(drafts, written, written[len(drafts) :], strict=False)):
+        for row, (draft, drawn_id, confidence) in enumerate(zip(drafts, drawn_ids, confident, strict=True)):
             # The token is there already, but must not be looked at for this.
             if not self._length.take(draft.chain, confidence):
                 draft.stopped = True
@@ -267,7 +271,7 @@ class Writer:
         without = [row for row in fresh if self._staged and not drafts[row].pieces]
         for rows, draft_ids in ((fresh, self._lost), (without, self._transfer.waiting)):
             if rows and len(draft_ids):
-                logits[torch.tensor(rows, device=logits.device)[:, None], draft_ids] = float("-inf")
+                logits[upload(rows, self._device)[:, None], draft_ids] = float("-inf")
 
     def _draw(
         self, drafts: Sequence[Draft], staging: bool, logits: torch.Tensor
@@ -281,18 +285,21 @@ class Writer:
         sampling = [draft.sampling for draft in drafts if draft.sampling]
         probs = law(logits, sampling, self._log_prior)
         uniform = [draft.uniform[len(draft.draft_ids)] for draft in drafts]
-        pending = [(row, draft) for row, draft in enumerate(drafts) if draft.pending]
+        pending = [row for row, draft in enumerate(drafts) if draft.pending]
         if not (staging or pending):
             return probs, draw(probs, uniform), None
-        staged = torch.tensor([bool(draft.pending) for draft in drafts], device=probs.device)
+        staged = upload([bool(draft.pending) for draft in drafts], self._device)
         if with_pieces := [row for row, draft in enumerate(drafts) if staging and draft.pieces and not draft.pending]:
-            rows = torch.tensor(with_pieces, device=probs.device)
+            rows = upload(with_pieces, self._device)
             laws = probs[rows]
             staged[rows] = self._transfer.drop_rare_waits(laws)
             probs[rows] = laws
-        for row, draft in pending:  # What each candidate emits is found out one by one, so there must be few.
-            draft.candidates = candidates = self._transfer.candidates(probs[row], draft.pending)
-            probs[row].zero_()[torch.tensor(candidates.draft_ids)] = torch.tensor(candidates.masses).to(probs)
+        if pending:
+            laws = probs[upload(pending, self._device)]
+            candidates = self._transfer.candidates(laws, [drafts[row].pending for row in pending])
+            for row, found in zip(pending, candidates, strict=True):
+                drafts[row].candidates = found
+                probs[row].zero_()[upload(found.draft_ids, self._device)] = upload(found.masses, self._device)
         return probs, draw(probs, uniform), staged
 
     def _transduce(self, draft: Draft, draft_id: int, probs: torch.Tensor, source: int, is_stage: bool) -> int | None:
@@ -329,12 +336,12 @@ class Writer:
     def _fill_first(self, first_rows: Sequence[tuple[int, int, int]], probs: torch.Tensor, waits: bool) -> None:
         """Fill rows of ``q``: each from a row of ``probs``, of a request's row, at a position."""
         assert self.q is not None
-        sources, rows, positions = (list(column) for column in zip(*first_rows, strict=True))
-        if len(sources) == 1:  # Where nothing is to be copied, that is most of the time it takes.
-            row = self.q[rows[0], positions[0]].unsqueeze(0)
-            self._transfer.first_rows(probs[sources[0]].unsqueeze(0), waits, out=row)
+        if len(first_rows) == 1:  # Where nothing is to be copied, that is most of the time it takes.
+            ((source, row, position),) = first_rows
+            self._transfer.first_rows(probs[source].unsqueeze(0), waits, out=self.q[row, position].unsqueeze(0))
         else:
-            laws = probs if len(sources) == len(probs) else probs[sources]
+            sources, rows, positions = upload(first_rows, self._device).unbind(1)
+            laws = probs if len(first_rows) == len(probs) else probs[sources]
             self.q[rows, positions] = self._transfer.first_rows(laws, waits)
 
     def _add_stage(self, draft: Draft, probs: torch.Tensor, pending: bytes, position: int, commits: bool) -> None:

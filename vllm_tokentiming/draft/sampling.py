@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
+from vllm_tokentiming.uploading import upload
+
 _WORDS = struct.Struct("<8Q")
 
 
@@ -70,21 +72,17 @@ def law(logits: torch.Tensor, sampling: Sequence[DraftSampling], log_prior: torc
         ``[n, draft vocabulary] float32``; each row sums to 1.
     """
     device, vocab = logits.device, logits.shape[1]
-
-    def column(values: list[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
-
-    logits = logits.float().div_(column([s.temperature for s in sampling]).unsqueeze(1))
+    logits = logits.float().div_(upload([s.temperature for s in sampling], device).unsqueeze(1))
     if log_prior is not None:
         logits += log_prior
     top_k = top_p = None
     if any(0 < s.top_k < vocab for s in sampling):
-        top_k = column([s.top_k if 0 < s.top_k < vocab else vocab for s in sampling], torch.int32)
+        top_k = upload([s.top_k if 0 < s.top_k < vocab else vocab for s in sampling], device, torch.int32)
     if any(s.top_p < 1 for s in sampling):
-        top_p = column([s.top_p for s in sampling])
+        top_p = upload([s.top_p for s in sampling], device)
     probs = apply_top_k_top_p(logits, top_k, top_p).softmax(-1)
     if any(s.min_p > 0 for s in sampling):
-        least = probs.amax(-1, keepdim=True) * column([s.min_p for s in sampling]).unsqueeze(1)
+        least = probs.amax(-1, keepdim=True) * upload([s.min_p for s in sampling], device).unsqueeze(1)
         probs = probs.masked_fill_(probs < least, 0)
         probs /= probs.sum(-1, keepdim=True)
     return probs
@@ -101,6 +99,6 @@ def draw(probs: torch.Tensor, uniform: Sequence[float]) -> torch.Tensor:
         Draft ids ``[n] int64``; never one whose probability is 0.
     """
     below = probs.cumsum(-1, dtype=torch.float64)
-    point = torch.tensor(uniform, dtype=torch.float64, device=probs.device).unsqueeze(1) * below[:, -1:]
+    point = upload(uniform, probs.device, torch.float64).unsqueeze(1) * below[:, -1:]
     # The first token whose cumulated probability exceeds the point.
     return torch.searchsorted(below, point, right=True).squeeze(1).clamp_(max=probs.shape[1] - 1)

@@ -1,0 +1,98 @@
+"""What is computed where the draft's logits are: the same on another device, and with few waits for it.
+
+No accelerator is needed (see `accelerator.py`), and nothing is said about the kernels of one.
+"""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from accelerator import DEVICE, Accelerator, fetch
+
+pytest.importorskip("vllm")
+
+from vllm_tokentiming.draft.sampling import DraftSampling
+from vllm_tokentiming.draft_length import Chain, FixedLength, History
+from vllm_tokentiming.staging import verify_stages
+from vllm_tokentiming.writer import Draft, Writer
+
+PASSES, PROPOSALS = 4, 3
+KINDS = {
+    "greedy": [None],
+    "sampled": [DraftSampling(1, 0.8), DraftSampling(2, 1.0)],
+    "top-k, top-p and min-p": [DraftSampling(3, 0.8, top_k=50), DraftSampling(4, 1.0, top_p=0.9, min_p=0.01)],
+    "mixed": [None, DraftSampling(5, 1.0), None, DraftSampling(6, 0.7, top_p=0.95)],
+}
+
+
+@dataclass
+class Written:
+    """What a step came to: all of it on the host."""
+
+    proposed: list[list[int]]
+    q: torch.Tensor | None
+    verified: list[torch.Tensor]
+    staged: int
+    waits: list[int]  # Of each pass.
+    expected_waits: list[int]
+
+
+def write(pair, strategy, kinds, device, pieces=False, accelerator=None):
+    """One step of drafting from random logits, and the verification of its stages."""
+    writer = Writer(
+        pair, strategy, draft_size=pair.draft.token_bytes.size, target_size=pair.target.token_bytes.size,
+        num_proposals=PROPOSALS, max_draft_tokens=PASSES, device=device, max_q_bytes=1 << 30, length=FixedLength(),
+    )  # fmt: skip
+    drafts = [Draft(i, Chain(History(), PROPOSALS), kind, 7, pieces=pieces) for i, kind in enumerate(kinds)]
+    writer.begin(drafts)
+    waits, expected, going = [], [], drafts
+    for number in range(PASSES):
+        logits = torch.randn(len(going), pair.draft.token_bytes.size, generator=torch.Generator().manual_seed(number))
+        if pieces:
+            logits[:, writer._transducer.waiting] += 4
+        logits = logits.to(device)
+        if accelerator:  # Once for what was drafted; and what goes on with waiting bytes must be known before that.
+            accelerator.waits.clear()
+            expected.append(1 + any(draft.pending for draft in going))
+        writer.advance(going, logits)
+        if accelerator:
+            waits.append(accelerator.waits.total())
+        going = [draft for draft in going if not draft.done]
+        if not going:
+            break
+    writer.finish(drafts)
+    verified = []
+    if writer.stages:
+        assert writer.q is not None
+        proposed = [*drafts[0].proposed_ids, 0, 0, 0][:PROPOSALS]
+        of_first = {position: stages for (row, position), stages in writer.stages.items() if row == 0}
+        logits = torch.randn(PROPOSALS, pair.target.token_bytes.size, generator=torch.Generator().manual_seed(99))
+        rows = verify_stages(logits.to(device), writer.q[0], torch.tensor(proposed, device=device), of_first)
+        verified = [fetch(row).clone() for row in rows]
+    q = None if writer.q is None else fetch(writer.q)
+    return Written([draft.proposed_ids for draft in drafts], q, verified, len(writer.stages), waits, expected)
+
+
+def both(pair, strategy, kinds, monkeypatch, pieces=False):
+    """The same step on the host and on the accelerator."""
+    with torch.inference_mode():
+        here = write(pair, strategy, kinds, torch.device("cpu"), pieces)
+    with torch.inference_mode(), monkeypatch.context() as patch, Accelerator(patch) as accelerator:
+        there = write(pair, strategy, kinds, DEVICE, pieces, accelerator)
+    assert there.proposed == here.proposed and there.staged == here.staged
+    assert (there.q is None) == (here.q is None)
+    for left, right in zip([there.q, *there.verified], [here.q, *here.verified], strict=True):
+        assert left is right is None or torch.equal(left, right)
+    return there
+
+
+@pytest.mark.parametrize("kinds", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("strategy", ["tokentiming", "slem", "tli", "tokentiming-paper"])
+def test_a_step_is_the_same_on_an_accelerator(strategy, kinds, embedded, monkeypatch):
+    there = both(embedded.pair, strategy, kinds, monkeypatch)
+    assert all(there.proposed) and there.waits == there.expected_waits
+
+
+def test_a_step_with_stages_is_the_same_on_an_accelerator(embedded, monkeypatch):
+    there = both(embedded.pair, "tokentiming", KINDS["sampled"], monkeypatch, pieces=True)
+    assert there.staged and there.verified and there.waits == there.expected_waits
