@@ -64,6 +64,28 @@ def test_the_first_token_of_an_emission_has_the_enumerated_law_and_the_rest_wait
         assert transducer.waits(b"").pending[stage.drawn] == transducer.left_waiting[0]
 
 
+def test_the_likeliest_target_token_is_drafted_for_by_its_likeliest_draft_token(transducer, sizes):
+    """Held to enumeration: draft tokens that emit nothing yet compete alone, all others for what they emit first."""
+    transfer = Transfer(transducer, *sizes, torch.device("cpu"))
+    laws = torch.stack([random_law(transducer, sizes[0], seed, sharpness=1.0) for seed in range(16)])
+    laws[8:, torch.from_numpy(transducer.waiting)] *= 200
+    laws /= laws.sum(-1, keepdim=True)
+    others = waits = 0
+    for probs, confidence, draft_id in zip(laws, *transfer.likeliest(laws), strict=True):
+        aims: dict[tuple, list[int]] = {}
+        for i in probs.topk(CANDIDATES).indices.tolist():
+            first = transducer.emit(b"", i)[0][:1]
+            aims.setdefault(("target", *first) if first else ("draft", i), []).append(i)
+        chance = {aim: float(probs[members].sum()) for aim, members in aims.items()}
+        best = max(chance, key=chance.__getitem__)
+        emitting = aims[best]
+        assert int(draft_id) == max(emitting, key=lambda i: float(probs[i]))
+        assert float(confidence) == pytest.approx(chance[best], abs=1e-5)
+        others += int(draft_id) != int(probs.argmax())
+        waits += best[0] == "draft"
+    assert others and 0 < waits < len(laws)
+
+
 def test_tokens_that_wait_are_not_drawn_where_they_are_unlikely_together(transducer, sizes):
     transfer = Transfer(transducer, *sizes, torch.device("cpu"))
     waiting = torch.from_numpy(transducer.waiting)
@@ -177,7 +199,7 @@ def write(writer, transducer, sizes, drafts, passes=4, seed=0):
     writer.finish(drafts)
 
 
-def make_writer(embedded, sizes, strategy="tokentiming", max_q_bytes=1 << 30):
+def make_writer(embedded, sizes, strategy="tokentiming", max_q_bytes=1 << 30, log_prior=None):
     return Writer(
         embedded.pair,
         strategy,
@@ -188,6 +210,7 @@ def make_writer(embedded, sizes, strategy="tokentiming", max_q_bytes=1 << 30):
         device=torch.device("cpu"),
         max_q_bytes=max_q_bytes,
         length=FixedLength(),
+        log_prior=log_prior,
     )
 
 
@@ -221,6 +244,29 @@ def test_a_batch_of_greedy_requests_needs_no_q(embedded, transducer, sizes):
         [Draft(i, Chain(History(), 3), None, position=0) for i in range(2)],
     )
     assert writer.q is None
+
+
+def test_greedy_requests_draft_for_the_likeliest_target_token_as_the_prior_has_it(embedded, transducer, sizes):
+    """Two draft tokens that make the same target token outweigh one that is likelier than each; then the prior does."""
+    first = transducer.first
+    (shared,) = np.flatnonzero(np.bincount(first[(first >= 0) & (transducer.count > 1)]) > 1)[:1]
+    one, other = np.flatnonzero(first == shared)[:2].tolist()
+    lone = next(i for i in np.flatnonzero(transducer.count == 1).tolist() if (first == first[i]).sum() == 1)
+    logits = torch.full((1, sizes[0]), -20.0)
+    logits[0, [lone, one, other]] = torch.tensor([0.4, 0.35, 0.25]).log()
+    log_prior = np.zeros(sizes[0])
+    log_prior[[one, other]] = np.log(0.5)
+    for strategy, prior, expected in (
+        ("slem", None, lone),
+        ("tokentiming-paper", None, lone),
+        ("tokentiming", None, one),
+        ("tokentiming", log_prior, lone),
+    ):
+        writer = make_writer(embedded, sizes, strategy, log_prior=prior)
+        draft = Draft(0, Chain(History(), 3), None, position=0)
+        writer.begin([draft])
+        writer.advance([draft], logits.clone())
+        assert draft.draft_ids == [expected], strategy
 
 
 def test_a_step_whose_q_would_be_too_large_is_one_hot(embedded, transducer, sizes):

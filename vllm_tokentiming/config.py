@@ -58,7 +58,7 @@ class TokenTimingConfig(BaseModel):
         strategy: How proposals are made: ``tokentiming``, or, for comparison, ``slem``, ``tli``, or
             ``tokentiming-paper``, which changes the distribution of sampled output (``writer.py``).
         allow_inexact: Must be set for ``tokentiming-paper``.
-        alignment_prior: Power of the alignment prior (``prior.py``) in the law of sampled drafts; 0 for none.
+        alignment_prior: Power of the alignment prior (``prior.py``) in the draft's law; 0 for none.
         q_memory_gib: Most memory for proposal probabilities, in GiB; a step with more requests than fit is verified as
             one-hot (a request takes ``num_speculative_tokens`` times the target's vocabulary times 4 bytes).
         seed: Of the draft's random numbers, beside that of each request.

@@ -73,8 +73,11 @@ class Transfer:
         """
         self._transducer = transducer
         self._target_size = target_size
+        first = torch.from_numpy(transducer.first)[:draft_size]
         # What emits nothing has no probability, or is taken out, so it may be added to any target token.
-        self._first = torch.from_numpy(transducer.first)[:draft_size].clamp(min=0).to(device)
+        self._first = first.clamp(min=0).to(device)
+        # What each draft token is drafted for: its first target token, or, if it emits none yet, itself.
+        self._aims = torch.where(first < 0, -1 - torch.arange(len(first)), first).to(device)
         self._device = device
         self._groups: dict[bytes, Groups] = {}
         have = transducer.waiting < draft_size
@@ -112,6 +115,26 @@ class Transfer:
         """
         q = probs.new_zeros(len(probs), self._target_size) if out is None else out
         return q.index_add_(1, self._first, probs.index_fill(1, self.waiting, 0) if waits else probs)
+
+    def likeliest(self, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The draft token to write if the likeliest target token is to be proposed.
+
+        A target token is as likely as the draft tokens together that emit it first, and among those the likeliest is
+        written. One that emits nothing yet stands for itself alone: it is not known what it will be a part of. Only the
+        likeliest ``CANDIDATES`` are looked at; all others would hardly tip the scales.
+
+        Args:
+            probs: ``Q``, ``[n, draft size]``; 0 for what must not be drafted.
+
+        Returns:
+            Those probabilities ``[n]``, and draft ids ``[n]``.
+        """
+        masses, draft_ids = probs.topk(min(CANDIDATES, probs.shape[1]))
+        aims = self._aims[draft_ids]
+        together = (masses.unsqueeze(1) * (aims.unsqueeze(2) == aims.unsqueeze(1))).sum(-1)
+        confidences, best = together.max(-1, keepdim=True)
+        written = (masses * (aims == aims.gather(1, best))).argmax(-1, keepdim=True)
+        return confidences.squeeze(1), draft_ids.gather(1, written).squeeze(1)
 
     def later_row(self, probs: torch.Tensor, emitted_ids: tuple[int, ...]) -> torch.Tensor:
         """The law of the next token of an emission that began with ``emitted_ids``, with nothing pending.

@@ -2,13 +2,13 @@
 
 | strategy | greedy request | sampled request | ``q`` |
 |---|---|---|---|
-| ``tokentiming`` | drafts greedily, re-encodes the text | draws from ``Q``, transducer | push-forward of ``Q`` |
-| ``slem`` | the same | drafts greedily, re-encodes the text | one-hot |
+| ``tokentiming`` | drafts likely target tokens, re-encodes | draws from ``Q``, transducer | push-forward of ``Q`` |
+| ``slem`` | drafts greedily, re-encodes the text | the same | one-hot |
 | ``tli`` | drafts greedily in the intersection | draws from ``Q`` in the intersection | ``Q``, renamed |
-| ``tokentiming-paper`` | as ``tokentiming`` | draws from ``Q``, re-encodes the text | **not exact**: as published |
+| ``tokentiming-paper`` | as ``slem`` | draws from ``Q``, re-encodes the text | **not exact**: as published |
 
-A sampled request whose proposals vLLM may cut by looking at them (structured output) is drafted as ``slem`` does under
-every strategy but ``tli``, where its proposals are the greedy ones, too: one-hot ``q`` is exact whatever is cut.
+A sampled request whose proposals vLLM may cut by looking at them (structured output) is drafted as a greedy one:
+one-hot ``q`` is exact whatever is cut.
 
 **Independence.** Nothing here decides to propose a position by looking at the token that was drawn for it.
 """
@@ -135,6 +135,7 @@ class Writer:
         self._always_transduce = strategy == "tli"
         self._published = strategy == "tokentiming-paper"
         self._draws = strategy != "slem"
+        self._pushes = strategy == "tokentiming"
         self._max_draft_tokens = max_draft_tokens
         self._shape = (num_proposals, target_size)
         self._max_rows = max_q_bytes // (4 * num_proposals * target_size)
@@ -200,7 +201,7 @@ class Writer:
             probs, next_ids, staged = self._draw(drafts, staging, logits)
             confidences = probs.amax(-1)
         else:
-            confidences, next_ids = logits.softmax(-1, dtype=torch.float32).max(-1)
+            confidences, next_ids = self._likeliest(logits)
             if drawing:
                 rows = upload(drawing, self._device)
                 probs, drawn, staged = self._draw([drafts[row] for row in drawing], staging, logits[rows])
@@ -272,6 +273,14 @@ class Writer:
         for rows, draft_ids in ((fresh, self._lost), (without, self._transfer.waiting)):
             if rows and len(draft_ids):
                 logits[upload(rows, self._device)[:, None], draft_ids] = float("-inf")
+
+    def _likeliest(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What greedy requests draft ``[n]``, with how likely that is."""
+        if not self._pushes:
+            confidences, next_ids = logits.softmax(-1, dtype=torch.float32).max(-1)
+            return confidences, next_ids
+        shaped = logits if self._log_prior is None else logits + self._log_prior
+        return self._transfer.likeliest(shaped.softmax(-1, dtype=torch.float32))
 
     def _draw(
         self, drafts: Sequence[Draft], staging: bool, logits: torch.Tensor
