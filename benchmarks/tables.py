@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from results import Estimate, ratio_of_sums
+import numpy.typing as npt
+from results import ratio_of_sums
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -61,13 +62,25 @@ def acceptance(path: Path) -> str:
     found = json.loads(path.read_text())
     temperatures = sorted({row["temperature"] for result in found["results"].values() for row in result["rows"]})
 
-    def cell(rows: list[dict[str, Any]], temperature: float) -> Estimate:
-        at = [row for row in rows if row["temperature"] == temperature]
-        tokens, passes = (np.array([[row[name] for row in at]], dtype=float) for name in ("tokens", "passes"))
-        return ratio_of_sums(tokens, passes)
+    def column(name: str, what: str, temperature: float) -> npt.NDArray[np.float64]:
+        rows = found["results"][name]["rows"]
+        return np.array([[row[what] for row in rows if row["temperature"] == temperature]], dtype=float)
 
-    rows = [(name, *(cell(result["rows"], t) for t in temperatures)) for name, result in found["results"].items()]
-    return table(("tokens per pass", *(f"T = {t:g}" for t in temperatures)), rows) + _origin(found["provenance"], path)
+    head, rows = [f"T = {t:g}" for t in temperatures], []
+    for name in found["results"]:
+        rows.append((name, *(ratio_of_sums(*(column(name, w, t) for w in ("tokens", "passes"))) for t in temperatures)))
+    text = table(("tokens per pass", *head), rows)
+    if (ours := "tokentiming") in found["results"]:
+        # All write equally many tokens, so fewer passes are more tokens in one.
+        others = [name for name in found["results"] if name != ours]
+        rows = [
+            (n, *(ratio_of_sums(column(n, "passes", t), column(ours, "passes", t)) for t in temperatures))
+            for n in others
+        ]
+        text += f"\nHow many times as many `{ours}` has, the same prompts side by side:\n\n" + table(
+            ("than", *head), rows
+        )
+    return text + _origin(found["provenance"], path)
 
 
 def transfer_cost(path: Path) -> str:
