@@ -52,7 +52,7 @@ TEXTS = {
     "multilingual": ["multilingual_mixed", "russian_tinystories"],
 }
 LENGTHS = [128, 1024, 8192]  # target tokens
-NUM_PROPOSALS, MAX_DRAFT_TOKENS = 5, 10
+NUM_PROPOSALS, MAX_DRAFT_TOKENS = 5, 10  # The second is twice the first, as by default.
 WRONG = 0.25  # How often the stand-in for the draft favours another token.
 MASS = 0.75  # What a sampled request's law gives to the favoured token.
 TARGET_PASS_US = 25_000
@@ -186,7 +186,7 @@ class StandIn:
         for token_id, count in Counter(usual).items():
             counts[token_id] = count
         self._log_tail = (counts / counts.sum() * (1 - MASS)).log()
-        self.pool = KVPool(num_blocks=1 << 14, block_size=16, num_rows=64, max_tokens=1 << 17)
+        self.pool = KVPool(num_blocks=1 << 14, block_size=16, num_rows=256, max_tokens=1 << 17)
         self.texts: list[Iterator[int]] = []  # Of each request.
         self.requests: dict[str, Any] = {}  # The drafter's.
 
@@ -206,7 +206,14 @@ class Simulation:
     """A batch of requests whose target writes a given text, each from another place on."""
 
     def __init__(
-        self, pair: VocabularyPair, shared: writer.Writer, text: bytes, length: int, sampled: bool, batch: int
+        self,
+        pair: VocabularyPair,
+        shared: writer.Writer,
+        text: bytes,
+        length: int,
+        sampled: bool,
+        batch: int,
+        proposals: int = NUM_PROPOSALS,
     ) -> None:
         """Begin at `length` target tokens of the text, or up to `batch` more."""
         self._pair, self._text = pair, text
@@ -214,7 +221,8 @@ class Simulation:
         self._offsets = pair.target.token_bytes.lengths[self._target_ids].cumsum()
         self._usual = pair.draft.encoder.encode(text)
         self._model = StandIn(pair.draft.token_bytes.size, self._usual)
-        self._drafter = drafting.Drafter(pair, self._model, shared, FixedLength(), MAX_DRAFT_TOKENS)  # type: ignore[arg-type]
+        self._drafter = drafting.Drafter(pair, self._model, shared, FixedLength(), 2 * proposals)  # type: ignore[arg-type]
+        self._proposals = proposals
         self._model.requests = self._drafter._requests
         self._sampling = DraftSampling(seed=0, temperature=1.0) if sampled else None
         self._num_target = [length + number for number in range(batch)]
@@ -230,7 +238,7 @@ class Simulation:
         """Propose once, and let the target verify; how many proposals of a request it accepted."""
         self._model.texts = [self._favoured(number) for number in self._num_target]
         batch = [
-            drafting.Committed(str(index), self._target_ids, number, NUM_PROPOSALS, self._sampling)
+            drafting.Committed(str(index), self._target_ids, number, self._proposals, self._sampling)
             for index, number in enumerate(self._num_target)
         ]
         total = 0

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -117,4 +118,28 @@ def step_by_phase(measured: Sequence[Measured], path: Path) -> Path:
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds of a step")
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return _save(figure, path)
+
+
+def scaling(results: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Lines with quartiles: a panel for each axis of `scaling.py`, a colour for each part, a style for each mode."""
+    axes = list(dict.fromkeys(result["axis"] for result in results))
+    parts = list(results[0]["us"])
+    figure, panels = plt.subplots(1, len(axes), figsize=(3.4 * len(axes), 3), sharey=True, squeeze=False)
+    for panel, axis in zip(panels[0], axes, strict=True):
+        for place, part in enumerate(parts):
+            for mode, style in (("sampled", "-"), ("greedy", "--")):
+                points = [r for r in results if (r["axis"], r["mode"]) == (axis, mode)]
+                values = [r["at"][axis] for r in points]
+                low, middle, high = np.array([r["us"][part] for r in points]).T
+                colour = plt.get_cmap("tab10")(place)
+                panel.plot(values, middle, style, marker=".", color=colour, label=f"{part}, {mode}")
+                panel.fill_between(values, low, high, color=colour, alpha=0.15, lw=0)
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set_xticks(values, [f"{value:,}" for value in values], fontsize="small", rotation=30)
+        panel.minorticks_off()
+        panel.set_xlabel(axis)
+    panels[0, 0].set_ylabel("µs for a request and step")
+    panels[0, -1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return _save(figure, path)

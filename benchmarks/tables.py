@@ -143,6 +143,21 @@ def serving(path: Path) -> str:
     return table(("method", "requests / s asked", *names), rows) + _origin(found["provenance"], path)
 
 
+def scaling(path: Path) -> str:
+    """Of `scaling.py`: a picture."""
+    import plots  # Other tables need no matplotlib.
+
+    found = json.loads(path.read_text())
+    picture = plots.scaling(found["results"], Path(__file__).parent / "plots" / "scaling.png")
+    base = ", ".join(f"{axis} {value:,}" for axis, value in found["settings"]["base"].items())
+    return (
+        f"![cost of a step](plots/{picture.name})\n\nEach axis alone, the others at: {base}. Medians, with quartiles. "
+        "`host` is what runs on the host wherever the draft does; the others are tensor work over the vocabulary, here "
+        "on one core of this processor: `transfer` what unlike vocabularies add, `any draft` what every draft pays.\n"
+        + _origin(found["provenance"], path)
+    )
+
+
 SECTIONS = {
     "exactness": ("Exactness of sampled output", exactness),
     "acceptance": ("Tokens per target pass, all methods in one run", acceptance),
@@ -150,5 +165,6 @@ SECTIONS = {
     "transfer_cost": ("What the exact transfer costs", transfer_cost),
     "overhead": ("What the plugin costs the host, without models", overhead),
     "overhead_batch": ("The same for 8 requests in a step", overhead),
+    "scaling": ("How that grows with requests, context, proposals and vocabulary", scaling),
     "kernels": ("The alignment kernels beside other libraries", kernels),
 }

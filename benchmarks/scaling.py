@@ -1,0 +1,126 @@
+"""What a step costs beside the models' passes, along four axes: requests, context, proposals, vocabulary.
+
+    python benchmarks/scaling.py --data DATA --out scaling.json
+
+As `overhead.py` measures it, whose stand-in for the draft model and whose phases these are, with the embedded pair's
+tokenizers, both heads padded to the same size. One axis is varied at a time; all points are measured in turns. That is
+done twice: for `host`, tensor work does nothing, as if a device of its own did it; for the other parts it is done here.
+DATA has `corpus/` like the tests' (`TOKENTIMING_DATA`).
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from overhead import HOST, MODELS, NUM_PROPOSALS, TEXTS, Simulation, quartiles, skip_tensors, text_of, watch
+from pass_times import run_python
+from provenance import provenance
+from tables import table
+from tokenizers import Tokenizer
+
+from vllm_tokentiming.draft_length import FixedLength
+from vllm_tokentiming.pair import Vocabulary, VocabularyPair
+from vllm_tokentiming.writer import Writer
+
+BASE = {"requests": 1, "context": 1024, "proposals": NUM_PROPOSALS, "vocabulary": 1 << 17}
+AXES = {
+    "requests": (1, 4, 16, 64, 128),
+    "context": (128, 512, 2048, 8192),
+    "proposals": (1, 2, 4, 8, 12),
+    "vocabulary": (1 << 15, 1 << 16, 1 << 17, 1 << 18),
+}
+POINTS: list[dict[str, Any]] = [
+    {"axis": axis, "at": {**BASE, axis: value}, "mode": mode}
+    for axis, values in AXES.items()
+    for value in values
+    for mode in ("greedy", "sampled")
+]
+PARTS = {"host": HOST, "transfer": ("transfer",), "any draft": ("any draft",)}
+
+
+def pair_of(size: int) -> VocabularyPair:
+    """The embedded pair, with heads of a size."""
+    names = ("target", "draft")
+    return VocabularyPair.of(
+        *(Vocabulary.of(Tokenizer.from_file(str(MODELS / name / "tokenizer.json")), size) for name in names)
+    )
+
+
+def simulation(pair: VocabularyPair, point: dict[str, int], text: bytes, sampled: bool) -> Simulation:
+    """What `overhead.py` measures, at a point."""
+    size, proposals = point["vocabulary"], point["proposals"]
+    writer = Writer(
+        pair, "tokentiming", draft_size=size, target_size=size, num_proposals=proposals,
+        max_draft_tokens=2 * proposals, device=torch.device("cpu"), max_q_bytes=1 << 32, length=FixedLength(),
+    )  # fmt: skip
+    return Simulation(pair, writer, text, point["context"], sampled, point["requests"], proposals)
+
+
+def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """Quartiles of each part, in microseconds for a request and step, at every point.
+
+    Args:
+        job: `data`, `steps`, `warm_up`, and whether to `skip_tensors`.
+    """
+    text = text_of(Path(job["data"]), TEXTS["English"], 60_000)
+    pairs = {size: pair_of(size) for size in AXES["vocabulary"]}
+    running = [simulation(pairs[p["at"]["vocabulary"]], p["at"], text, p["mode"] == "sampled") for p in POINTS]
+    if job["skip_tensors"]:
+        skip_tensors()
+    clock = watch()
+    spent: list[list[dict[str, float]]] = [[] for _ in POINTS]
+    for number in range(job["warm_up"] + job["steps"]):
+        for point, simulated, found in zip(POINTS, running, spent, strict=True):
+            clock.take()
+            simulated.step()
+            taken, requests = clock.take(), point["at"]["requests"]
+            if number >= job["warm_up"]:
+                found.append({n: sum(taken.get(p, 0.0) for p in phases) / requests for n, phases in PARTS.items()})
+    return [{name: quartiles([step[name] for step in found]) for name in PARTS} for found in spent]
+
+
+def main() -> None:
+    """Measure every point, and print a line for each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default=os.environ.get("TOKENTIMING_DATA"))
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each point")
+    parser.add_argument("--warm-up", type=int, default=3, help="steps before those")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.job:
+        args.job.with_suffix(".result").write_text(json.dumps({"us": measure(json.loads(args.job.read_text()))}))
+        return
+    if args.data is None:
+        parser.error("--data, or TOKENTIMING_DATA, must name a folder with corpus/")
+    job = {"data": args.data, "steps": args.steps, "warm_up": args.warm_up}
+    host, tensors = (run_python("scaling.py", {**job, "skip_tensors": skip})["us"] for skip in (True, False))
+    results = [
+        {**point, "us": {**there, "host": here["host"]}}
+        for point, here, there in zip(POINTS, host, tensors, strict=True)
+    ]
+    print(rows_of(results))
+    if args.out:
+        found = {"provenance": provenance(), "settings": {"base": BASE, "steps": args.steps}, "results": results}
+        args.out.write_text(json.dumps(found, indent=1))
+
+
+def rows_of(results: list[dict[str, Any]]) -> str:
+    """A line for each point: microseconds for a request and step, medians with quartiles."""
+    return table(
+        ("axis", "value", "mode", *PARTS),
+        [
+            (
+                r["axis"], f"{r['at'][r['axis']]:,}", r["mode"],
+                *(f"{mid:.0f} [{low:.0f}, {high:.0f}]" for low, mid, high in r["us"].values()),
+            )
+            for r in results
+        ],
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
