@@ -7,9 +7,10 @@ more tokens per second than ``d = 0``, and goes on as long as the next pass yiel
 is made only if its chance outweighs what it adds to the target's pass.
 
 **What is known.** Costs are measured (``costs.py``). Chances are those that drafted tokens of the same confidence (the
-draft's highest probability) had lately, for greedy and sampled requests apart, times how this request has done
-compared with that. Where nothing is known, drafting is tried; where it does not pay, it is tried again after ever
-longer pauses, and plain steps are made now and then to know what they cost.
+draft's highest probability, or, in a greedy request, that of the target token that is drafted for) had lately, for
+greedy and sampled requests apart, times how this request has done compared with that. Where nothing is known, drafting
+is tried; where it does not pay, it is tried again after ever longer pauses, and plain steps are made now and then to
+know what they cost.
 
 **Independence.** Whether a position is proposed depends on the draft's *law* there, never on the token drawn from it;
 on earlier tokens it may depend (``docs/theory.md``).
@@ -199,7 +200,7 @@ class FixedLength:
 
         Args:
             chain: The request.
-            confidence: The highest probability of the draft's law.
+            confidence: The highest probability of the draft's law; see the module.
         """
         return True
 
