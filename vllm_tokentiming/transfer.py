@@ -79,7 +79,7 @@ class Transfer:
         # What each draft token is drafted for: its first target token, or, if it emits none yet, itself.
         self._aims = torch.where(first < 0, -1 - torch.arange(len(first)), first).to(device)
         self._device = device
-        self._groups: dict[bytes, Groups] = {}
+        self._groups: dict[int, Groups] = {}
         have = transducer.waiting < draft_size
         self.waiting = torch.from_numpy(transducer.waiting[have]).to(device)
         names = {pending: group for group, pending in enumerate(transducer.waits(b"").pending)}
@@ -248,9 +248,11 @@ class Transfer:
         return q
 
     def _groups_of(self, pending: bytes) -> Groups:
-        groups = self._groups.get(pending)
+        # By what is waited for, of which there is a limited number; most bytes that can be pending have no entry there.
+        waits = self._transducer.waits(pending)
+        groups = self._groups.get(id(waits))
         if groups is None:
-            groups = self._groups[pending] = Groups.of(self._transducer.waits(pending), self._device)
+            groups = self._groups[id(waits)] = Groups.of(waits, self._device)
         return groups
 
     def _group(self, pending: bytes, left: bytes | None) -> int | None:
