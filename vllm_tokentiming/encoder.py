@@ -36,7 +36,8 @@ from vllm_tokentiming.token_bytes import METASPACE, TokenBytes, VocabularyKind, 
 _MARGIN = 3
 _MAX_TAIL = 1024
 _OPEN_AFTER_FORCE = 16  # Bytes that stay open where a tail was cut all the same.
-_MAX_CACHED_PIECES = 1 << 16  # Some 20 MB; sampled text has new ones without end.
+# Some 6 MB. Sampled text has new ones without end; those that come often are soon there again.
+_MAX_CACHED_PIECES = 1 << 14
 # Where `ByteLevel` cuts, if told to (`use_regex`).
 _BYTE_LEVEL_CUTS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _WORDS = re.compile(r"\s*\S+|\s+")
