@@ -32,6 +32,7 @@ from vllm_tokentiming.draft_length import Chain, FixedLength, History
 from vllm_tokentiming.metrics import PhaseClock
 from vllm_tokentiming.pair import VocabularyPair
 from vllm_tokentiming.staging import Stage
+from vllm_tokentiming.uploading import upload
 from vllm_tokentiming.writer import Draft, Writer
 
 
@@ -92,6 +93,11 @@ class _Request:
     drafted: Drafted | None = None  # What was drafted in the last step.
     chain: Chain | None = None  # How much of it.
     history: History = field(default_factory=History)
+
+    @property
+    def caught_up(self) -> bool:
+        """Whether all of its context has been read."""
+        return self.num_cached == len(self.context.draft_ids)
 
 
 @dataclass
@@ -224,26 +230,23 @@ class Drafter:
                 self._follow(requests[index], batch[index])
         with_room = [requests[index] for index in wanted if self._has_room(requests[index], present, index in chains)]
         self.clock.enter("read")
-        num_read, logits_of = self._catch_up(with_room)
+        num_read, read, logits = self._catch_up(with_room)
         self.clock.enter("write")
-        drafts = [
-            Draft(
-                index,
-                chain,
-                batch[index].sampling,
-                batch[index].num_target,
-                batch[index].greedy,
-                pieces=self._writer.pieces_after(requests[index].context.draft_ids),
-            )
-            for index, chain in chains.items()
-            if id(requests[index]) in logits_of
-        ]
-        ready = sum(1 for index in chains if requests[index].row is not None)
-        self.counts.not_drafted["reading"] += ready - len(drafts)
-        if not drafts:
+        places = {id(requests[index]): index for index in chains}
+        ready = [row for row, request in enumerate(read) if id(request) in places and request.caught_up]
+        self.counts.not_drafted["reading"] += sum(requests[index].row is not None for index in chains) - len(ready)
+        if not ready or logits is None:
             return Proposals(target_ids)
+        if len(ready) < len(read):
+            logits = logits[upload(ready, logits.device)]
+        drafts = []
+        for row in ready:
+            index = places[id(read[row])]
+            committed, pieces = batch[index], self._writer.pieces_after(read[row].context.draft_ids)
+            drafts.append(
+                Draft(index, chains[index], committed.sampling, committed.num_target, committed.greedy, pieces=pieces)
+            )
         self._writer.begin(drafts)
-        logits = torch.stack([logits_of[id(requests[draft.index])] for draft in drafts])
         self._draft(drafts, requests, logits, began, num_read)
         written = time.perf_counter()
         self._writer.finish(drafts)
@@ -346,12 +349,11 @@ class Drafter:
             self._model.pool.close_row(request.row)
         request.row, request.num_cached = None, 0
 
-    def _catch_up(self, requests: Sequence[_Request]) -> tuple[int, dict[int, torch.Tensor]]:
+    def _catch_up(self, requests: Sequence[_Request]) -> tuple[int, list[_Request], torch.Tensor | None]:
         """Read what contexts have and the cache has not.
 
         Returns:
-            How many tokens were read, and the logits ``[vocab]`` after the context of each request that has caught up,
-            by ``id``.
+            How many tokens were read, of which requests, and the logits after each ``[requests, vocab]``, if any.
         """
         shortest_first = sorted(requests, key=lambda r: len(r.context.draft_ids) - r.num_cached)
         reading: list[tuple[_Request, Span]] = []
@@ -370,15 +372,11 @@ class Drafter:
             self.counts.read += len(draft_ids)
             room -= len(draft_ids)
         if not reading:
-            return 0, {}
+            return 0, [], None
         reading.sort(key=lambda pair: len(pair[1].draft_ids))  # The last one may have been cut short.
         logits = self._model.forward([span for _, span in reading])
         self.counts.passes += 1
-        return self._model.max_batch_tokens - room, {
-            id(request): row
-            for (request, _), row in zip(reading, logits, strict=True)
-            if request.num_cached == len(request.context.draft_ids)
-        }
+        return self._model.max_batch_tokens - room, [request for request, _ in reading], logits
 
     def _draft(
         self, drafts: list[Draft], requests: Sequence[_Request], logits: torch.Tensor, began: float, num_read: int

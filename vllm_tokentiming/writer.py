@@ -193,8 +193,8 @@ class Writer:
         Raises:
             FloatingPointError: They are no numbers.
         """
-        drawing = [row for row, draft in enumerate(drafts) if draft.sampling]
-        staging = self._staged and any(draft.pieces for draft in drafts)
+        drawing = [] if self.q is None else [row for row, draft in enumerate(drafts) if draft.sampling]
+        staging = self._staged and any(drafts[row].pieces for row in drawing)
         self._mask(drafts, drawing, staging, logits)
         staged = None
         if len(drawing) == len(drafts):
@@ -210,13 +210,13 @@ class Writer:
         written = torch.cat([next_ids, confidences] if staged is None else [next_ids, confidences, staged]).tolist()
         number = len(drafts)
         drawn_ids, confident = written[:number], written[number : 2 * number]
-        stages_of = written[2 * number :] or [False] * len(drawing)
-        of_drawn = dict(zip(drawing, enumerate(stages_of), strict=True))  # Row of `probs`, and whether it is a stage.
+        sources = enumerate(written[2 * number :] or [False] * len(drawing))  # Rows of `probs`, and what is a stage.
         first_rows: list[tuple[int, int, int]] = []  # Rows of `probs` and `q`, and the position.
         # Nothing may be verified with such a `q`.
         if math.isnan(sum(confident)):
             raise FloatingPointError("the draft's logits are not finite")
-        for row, (draft, drawn_id, confidence) in enumerate(zip(drafts, drawn_ids, confident, strict=True)):
+        for draft, drawn_id, confidence in zip(drafts, drawn_ids, confident, strict=True):
+            source, is_stage = next(sources) if draft.sampling else (-1, False)
             # The token is there already, but must not be looked at for this.
             if not self._length.take(draft.chain, confidence):
                 draft.stopped = True
@@ -224,10 +224,9 @@ class Writer:
             draft_id = int(drawn_id)
             draft.draft_ids.append(draft_id)
             if self._published and draft.sampling:
-                draft.laws.append(probs[of_drawn[row][0]])
+                draft.laws.append(probs[source])
                 draft.proxy = retokenize(self._pair, draft.draft_ids)
             elif draft.sampling:
-                source, is_stage = of_drawn[row]
                 position = self._transduce(draft, draft_id, probs, source, is_stage)
                 if position is not None:
                     first_rows.append((source, draft.row, position))
@@ -268,6 +267,8 @@ class Writer:
             logits.index_fill_(1, self._never_or_waiting, float("-inf"))
             return
         logits.index_fill_(1, self._never, float("-inf"))
+        if not drawing:
+            return
         fresh = [row for row in drawing if not drafts[row].pending]
         without = [row for row in fresh if self._staged and not drafts[row].pieces]
         for rows, draft_ids in ((fresh, self._lost), (without, self._transfer.waiting)):
