@@ -3,8 +3,9 @@
     python benchmarks/scaling.py --data DATA --out scaling.json
 
 As `overhead.py` measures it, whose stand-in for the draft model and whose phases these are, with the embedded pair's
-tokenizers, both heads padded to the same size. One axis is varied at a time; all points are measured in turns. That is
-done twice: for `host`, tensor work does nothing, as if a device of its own did it; for the other parts it is done here.
+tokenizers, both heads padded to the same size. One axis is varied at a time; all points write the same passage, in
+turns. That is done twice: for `host`, tensor work does nothing, as if a device of its own did it; for the other parts
+it is done here.
 DATA has `corpus/` like the tests' (`TOKENTIMING_DATA`).
 """
 
@@ -50,13 +51,15 @@ def pair_of(size: int) -> VocabularyPair:
 
 
 def simulation(pair: VocabularyPair, point: dict[str, int], text: bytes, sampled: bool) -> Simulation:
-    """What `overhead.py` measures, at a point."""
-    size, proposals = point["vocabulary"], point["proposals"]
+    """What `overhead.py` measures, at a point; what is written begins at the same place, whatever the context."""
+    size, proposals, context = point["vocabulary"], point["proposals"], point["context"]
+    lengths = pair.target.token_bytes.lengths[pair.target.encoder.encode(text)]
+    begin = int(lengths[: max(AXES["context"]) - context].sum())
     writer = Writer(
         pair, "tokentiming", draft_size=size, target_size=size, num_proposals=proposals,
         max_draft_tokens=2 * proposals, device=torch.device("cpu"), max_q_bytes=1 << 32, length=FixedLength(),
     )  # fmt: skip
-    return Simulation(pair, writer, text, point["context"], sampled, point["requests"], proposals)
+    return Simulation(pair, writer, text[begin:], context, sampled, point["requests"], proposals)
 
 
 def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
