@@ -7,6 +7,7 @@
 | `spec-bench/KIND` | Spec-Bench: `mt-bench`, `translation`, `summarization`, `qa`, `math_reasoning`, `rag` |
 | `humaneval`, `gsm8k` | function heads, questions |
 | `multilingual` | Tatoeba sentences, a few for each prompt, the languages in turns |
+| `languages` | the prompts of `languages.py`, in the file that `TOKENTIMING_LANGUAGES` names, the languages in turns |
 """
 
 import gzip
@@ -71,12 +72,19 @@ def _multilingual(_: str) -> tuple[list[Path], list[str]]:
     )
 
 
+def _languages(_: str) -> tuple[list[Path], list[str]]:
+    if not (file := os.environ.get("TOKENTIMING_LANGUAGES")):
+        raise SystemExit("Set TOKENTIMING_LANGUAGES to the prompts that `languages.py prepare` has written.")
+    return [Path(file)], _in_turns(json.loads(Path(file).read_text()).values())
+
+
 LOADERS = {
     "heldout": _heldout,
     "spec-bench": _spec_bench,
     "humaneval": _humaneval,
     "gsm8k": _gsm8k,
     "multilingual": _multilingual,
+    "languages": _languages,
 }
 
 
