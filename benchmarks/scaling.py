@@ -4,14 +4,14 @@
 
 As `overhead.py` measures it, whose stand-in for the draft model and whose phases these are, with the embedded pair's
 tokenizers, both heads padded to the same size. One axis is varied at a time; all points write the same passage, in
-turns. That is done twice: for `host`, tensor work does nothing, as if a device of its own did it; for the other parts
-it is done here.
-DATA has `corpus/` like the tests' (`TOKENTIMING_DATA`).
+shuffled turns. That is done twice: for `host`, tensor work does nothing, as if a device of its own did it; for the
+other parts it is done here. DATA has `corpus/` like the tests' (`TOKENTIMING_DATA`).
 """
 
 import argparse
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +73,12 @@ def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
     running = [simulation(pairs[p["at"]["vocabulary"]], p["at"], text, p["mode"] == "sampled") for p in POINTS]
     if job["skip_tensors"]:
         skip_tensors()
-    clock = watch()
+    clock, rng = watch(), random.Random(0)
     spent: list[list[dict[str, float]]] = [[] for _ in POINTS]
+    turns = list(zip(POINTS, running, spent, strict=True))
     for number in range(job["warm_up"] + job["steps"]):
-        for point, simulated, found in zip(POINTS, running, spent, strict=True):
+        # Shuffled: what comes after a large batch finds the processor's caches full of that.
+        for point, simulated, found in rng.sample(turns, len(turns)):
             clock.take()
             simulated.step()
             taken, requests = clock.take(), point["at"]["requests"]
