@@ -1,7 +1,8 @@
 """Every difference between what we need of vLLM and what it is, in one place.
 
 **Requirements.** ``check_vllm`` looks, when an engine starts, for each thing of vLLM's that we rely on, and refuses
-in one sentence if one is missing. The tests run on vLLM 0.32.0 (CPU).
+in one sentence if one is missing. The tests run on vLLM 0.32.0 (CPU), and on the code of 0.33.0 over its compiled
+parts (``scripts/overlay_vllm.py``).
 
 **Repairs.** Each function below repairs one fault of vLLM's. It can be called any number of times, names the versions
 that have the fault, and says when it can go; ``tests/test_compat.py`` has, for each, a test that fails as soon as
@@ -12,12 +13,19 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import inspect
+from types import ModuleType
 from typing import Any
 
 from vllm_tokentiming.config import SettingsError
 
-TESTED_VERSIONS = ("0.32.0",)
+TESTED_VERSIONS = ("0.32.0", "0.33.0")
+
+# Where vLLM plans its KV caches: 0.33 has it in a file of its own.
+_KV_CACHE_PLANNING = "vllm.v1.core.kv_cache_planning"
+if importlib.util.find_spec(_KV_CACHE_PLANNING) is None:
+    _KV_CACHE_PLANNING = "vllm.v1.core.kv_cache_utils"
 
 # What we call or wrap, and the parameters that we pass by name or position.
 _REQUIRED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -42,9 +50,10 @@ _REQUIRED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.v1.core.sched.output", "NewRequestData.from_request", ("request",)),
     ("vllm.forward_context", "set_forward_context", ("attn_metadata", "vllm_config", "num_tokens", "slot_mapping")),
     ("vllm.model_executor.model_loader", "get_model", ("vllm_config", "prefix")),
-    ("vllm.v1.core.kv_cache_utils", "get_kv_cache_groups", ("vllm_config", "kv_cache_spec")),
+    ("vllm.platforms.interface", "Platform.update_block_size_for_backend", ("vllm_config",)),
+    (_KV_CACHE_PLANNING, "get_kv_cache_groups", ("vllm_config", "kv_cache_spec")),
     (
-        "vllm.v1.core.kv_cache_utils",
+        _KV_CACHE_PLANNING,
         "get_kv_cache_config_from_groups",
         ("vllm_config", "kv_cache_groups", "available_memory"),
     ),
@@ -92,6 +101,11 @@ def missing_from_vllm() -> list[str]:
         have = inspect.signature(found).parameters
         missing += [f"{module_name}.{path}({name})" for name in parameters if name not in have]
     return missing
+
+
+def kv_cache_planning() -> ModuleType:
+    """vLLM's module that plans KV caches."""
+    return importlib.import_module(_KV_CACHE_PLANNING)
 
 
 def check_vllm() -> None:

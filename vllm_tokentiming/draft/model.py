@@ -18,8 +18,8 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model
+from vllm.platforms import current_platform
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
-from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.utils import CpuGpuBuffer
 from vllm.v1.worker.gpu.attn_utils import (
@@ -31,6 +31,7 @@ from vllm.v1.worker.gpu.attn_utils import (
 )
 from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 
+from vllm_tokentiming import compat
 from vllm_tokentiming.config import SettingsError, TokenTimingConfig
 from vllm_tokentiming.draft.device import available_bytes, kv_budget_bytes
 from vllm_tokentiming.draft.kv_pool import KVPool
@@ -121,8 +122,11 @@ class DraftModel:
         return buffer
 
     def _allocate(self, settings: TokenTimingConfig, max_num_seqs: int, vllm_config: VllmConfig) -> KVPool:
+        # As vLLM does for the target once it is loaded: the draft may have another attention backend.
+        current_platform.update_block_size_for_backend(self._config)
         specs = get_kv_cache_spec(self._config)
-        groups = get_kv_cache_groups(self._config, specs)
+        planning = compat.kv_cache_planning()
+        groups = planning.get_kv_cache_groups(self._config, specs)
         if len(groups) != 1:
             raise SettingsError(
                 f"tokentiming cannot draft with {settings.model!r}: its layers need {len(groups)} kinds of KV cache; "
@@ -151,7 +155,7 @@ class DraftModel:
                 f"tokentiming: the draft's KV cache needs {wanted / _GIB:.2f} GiB and {free / _GIB:.2f} GiB are free; "
                 "lower kv_memory_gib or max_model_len, or choose a smaller draft model."
             )
-        kv_config: KVCacheConfig = get_kv_cache_config_from_groups(self._config, groups, wanted)
+        kv_config: KVCacheConfig = planning.get_kv_cache_config_from_groups(self._config, groups, wanted)
         self._attn_groups, _, kernel_block_sizes = init_attn_backend(kv_config, self._config, self.device)
         init_kv_cache(context, kv_config, self.device, kernel_block_sizes, self._config)
         self._kv_config = kv_config
