@@ -77,7 +77,9 @@ class Transfer:
         # What emits nothing has no probability, or is taken out, so it may be added to any target token.
         self._first = first.clamp(min=0).to(device)
         # What each draft token is drafted for: its first target token, or, if it emits none yet, itself.
-        self._aims = torch.where(first < 0, -1 - torch.arange(len(first)), first).to(device)
+        aims = torch.where(first < 0, -1 - torch.arange(len(first)), first)
+        self._pools = len(aims.unique()) < len(aims)  # Not so if both vocabularies are the same.
+        self._aims = aims.to(device)
         self._device = device
         self._groups: dict[int, Groups] = {}
         have = transducer.waiting < draft_size
@@ -129,12 +131,15 @@ class Transfer:
         Returns:
             Those probabilities ``[n]``, and draft ids ``[n]``.
         """
-        masses, draft_ids = probs.topk(min(CANDIDATES, probs.shape[1]))
+        if not self._pools:
+            confidences, next_ids = probs.max(-1)
+            return confidences, next_ids
+        masses, draft_ids = probs.topk(min(CANDIDATES, probs.shape[1]))  # The likeliest first.
         aims = self._aims[draft_ids]
-        together = (masses.unsqueeze(1) * (aims.unsqueeze(2) == aims.unsqueeze(1))).sum(-1)
-        confidences, best = together.max(-1, keepdim=True)
-        written = (masses * (aims == aims.gather(1, best))).argmax(-1, keepdim=True)
-        return confidences.squeeze(1), draft_ids.gather(1, written).squeeze(1)
+        # Each with the less likely ones of the same aim, so that of all these the likeliest has the most.
+        alike = (aims.unsqueeze(2) == aims.unsqueeze(1)).triu()
+        confidences, best = (alike.float() @ masses.unsqueeze(2)).squeeze(2).max(-1, keepdim=True)
+        return confidences.squeeze(1), draft_ids.gather(1, best).squeeze(1)
 
     def later_row(self, probs: torch.Tensor, emitted_ids: tuple[int, ...]) -> torch.Tensor:
         """The law of the next token of an emission that began with ``emitted_ids``, with nothing pending.
