@@ -128,6 +128,7 @@ def test_other_methods_are_left_alone(front_end):
         ({"kv_memory_gib": -1}, ("kv_memory_gib is -1", "greater than 0")),
         ({"max_draft_tokens": "many"}, ("max_draft_tokens is 'many'", "integer")),
         ({"num_speculative_tokens": 0}, ('"num_speculative_tokens"', "4 to 8")),
+        ({"rejection_sample_method": "synthetic"}, ("'synthetic'", "leave it out", '"allow_inexact"')),
         ({"special_tokens": {"<no>": None}}, ("special_tokens", "'<no>' is not a special token of the")),
     ],
 )  # fmt: skip

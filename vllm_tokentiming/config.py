@@ -20,6 +20,8 @@ PROPOSER = "vllm_tokentiming.TokenTimingProposer"
 
 # Keys of vLLM's own speculative configuration that mean the same here.
 _VLLM_KEYS = frozenset({"num_speculative_tokens", "rejection_sample_method"})
+# vLLM's ways to verify that accept what they should not.
+INEXACT = frozenset({"synthetic", "fly"})
 
 
 class SettingsError(ValueError):
@@ -57,7 +59,7 @@ class TokenTimingConfig(BaseModel):
         dtw_window: Sakoe-Chiba half-width of the warping, in tokens.
         strategy: How proposals are made: ``tokentiming``, or, for comparison, ``slem``, ``tli``, or
             ``tokentiming-paper``, which changes the distribution of sampled output (``writer.py``).
-        allow_inexact: Must be set for ``tokentiming-paper``.
+        allow_inexact: Must be set for ``tokentiming-paper``, and for verification of vLLM's that is not exact.
         alignment_prior: Power of the alignment prior (``prior.py``) in the draft's law; 0 for none.
         q_memory_gib: Most memory for proposal probabilities, in GiB; a step with more requests than fit is verified as
             one-hot (a request takes ``num_speculative_tokens`` times the target's vocabulary times 4 bytes).

@@ -10,6 +10,7 @@ import functools
 from typing import Any
 
 from vllm_tokentiming.config import (
+    INEXACT,
     METHOD,
     PROPOSER,
     SettingsError,
@@ -60,7 +61,8 @@ def register() -> None:
             self.additional_config = {**self.additional_config, METHOD: settings}
         else:
             vllm_part, settings = given, self.additional_config.get(METHOD, {})
-        _refuse_early(settings, target_model_config, target_parallel_config)
+        verification = vllm_part.get("rejection_sample_method", "standard")
+        _refuse_early(settings, verification, target_model_config, target_parallel_config)
         show_in_front_end()
         self.speculative_config = vllm_part
         return original(self, target_model_config, target_parallel_config)
@@ -69,13 +71,20 @@ def register() -> None:
     EngineArgs.create_speculative_config = create_speculative_config
 
 
-def _refuse_early(settings: dict[str, Any], target_model_config: Any, target_parallel_config: Any) -> None:
+def _refuse_early(
+    settings: dict[str, Any], verification: str, target_model_config: Any, target_parallel_config: Any
+) -> None:
     """Find out in the front end, before any model is loaded, what would stop a worker.
 
     Raises:
         SettingsError: Something would.
     """
     parsed = TokenTimingConfig.parse(settings)
+    if verification in INEXACT and not parsed.allow_inexact:
+        raise SettingsError(
+            f'tokentiming: what the "rejection_sample_method" {verification!r} accepts need not be the target\'s; '
+            'leave it out, or set "allow_inexact" to true if you want to compare the two.'
+        )
     try:
         import vllm_tokentiming.alignment  # noqa: F401
     except ImportError as error:
