@@ -158,11 +158,29 @@ def scaling(path: Path) -> str:
     )
 
 
+def draft_step(path: Path) -> str:
+    """Of `draft_step.py`: medians, and ratios of neighbours."""
+    found = json.loads(path.read_text())
+    rows = []
+    for batch, measured in found["results"].items():
+        ours, theirs = ([1e6 * row["per_pass"] for row in of] for of in measured.values())
+        ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+        extent = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        rows.append((batch, f"{statistics.median(ours):.0f}", f"{statistics.median(theirs):.0f}", extent))
+    return (
+        "The same draft model, with the target's own vocabulary, in our engine and in vLLM's `draft_model`; all that a "
+        "proposer does in a step, divided by its passes of the draft.\n\n"
+        + table(("batch", "here, µs", "in vLLM's, µs", "ratio"), rows)
+        + _origin(found["provenance"], path)
+    )
+
+
 SECTIONS = {
     "exactness": ("Exactness of sampled output", exactness),
     "acceptance": ("Tokens per target pass, all methods in one run", acceptance),
     "serving": ("Under a serving load", serving),
     "transfer_cost": ("What the exact transfer costs", transfer_cost),
+    "draft_step": ("A draft step beside vLLM's", draft_step),
     "overhead": ("What the plugin costs the host, without models", overhead),
     "overhead_batch": ("The same for 8 requests in a step", overhead),
     "scaling": ("How that grows with requests, context, proposals and vocabulary", scaling),
