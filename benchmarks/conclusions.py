@@ -28,11 +28,13 @@ def best_and_worst(measured: Sequence[Measured]) -> list[str]:
 
 
 def against_peers(measured: Sequence[Measured], main: Case) -> list[str]:
-    """Sentences: all methods in the main case, the fastest first, for each temperature."""
+    """Sentences: all methods that keep to the law, in the main case, the fastest first, for each temperature."""
     sentences = []
+    unlawful = {of for of, two in scores(measured).items() if not is_lawful(*two)}
     for temperature in sorted({m.case.temperature for m in measured}):
         case = main._replace(temperature=temperature)
-        rows = [(s, m.method) for m in measured if is_main(m, measured) and m.case == case and (s := m.speedup())]
+        lawful = [m for m in measured if (m.method, temperature) not in unlawful]
+        rows = [(s, m.method) for m in lawful if is_main(m, measured) and m.case == case and (s := m.speedup())]
         ranked = ", ".join(f"{method} {s}" for s, method in sorted(rows, key=lambda row: -row[0].value))
         if ranked:
             sentences.append(
@@ -93,29 +95,39 @@ def main_proposals(measured: Sequence[Measured]) -> int:
     return max(set(numbers), key=numbers.count)
 
 
-def laws(measured: Sequence[Measured]) -> list[str]:
-    """Sentences: whose sampled outputs are not as likely under the target as plain decoding's."""
-    scores: dict[tuple[str, float], tuple[list[float], list[float]]] = {}
+def scores(measured: Sequence[Measured]) -> dict[tuple[str, float], tuple[list[float], list[float]]]:
+    """Log-likelihoods under the target, of a method's sampled outputs and plain decoding's, by method, temperature."""
+    found: dict[tuple[str, float], tuple[list[float], list[float]]] = {}
     for m in measured:
         for row, plain in zip(m.rows, m.plain, strict=True):
             if "log_likelihoods" in row and "log_likelihoods" in plain:
-                found, expected = scores.setdefault((m.method, m.case.temperature), ([], []))
-                found += row["log_likelihoods"]
+                own, expected = found.setdefault((m.method, m.case.temperature), ([], []))
+                own += row["log_likelihoods"]
                 expected += plain["log_likelihoods"]
-    sentences, furthest = [], 0.0
-    for (method, temperature), (found, expected) in scores.items():
-        far = standard_errors(found, expected)
-        furthest = max(furthest, abs(far))
-        if abs(far) > FURTHEST:
-            sentences.append(
-                f"**Not the target's law:** what `{method}` samples at T = {temperature:g} has a log-likelihood of "
-                f"{np.mean(found):.2f} nats a token under the target, plain decoding's {np.mean(expected):.2f} "
-                f"({far:+.0f} standard errors). Its sampled rows are no fair comparison."
-            )
-    if scores and not sentences:
-        least = min(len(found) for found, _ in scores.values())
+    return found
+
+
+def is_lawful(own: list[float], expected: list[float]) -> bool:
+    """Whether outputs could be the target's."""
+    return abs(standard_errors(own, expected)) <= FURTHEST
+
+
+def laws(measured: Sequence[Measured]) -> list[str]:
+    """Sentences: whose sampled outputs are not as likely under the target as plain decoding's."""
+    found = scores(measured)
+    sentences = [
+        f"**Not the target's law:** what `{method}` samples at T = {temperature:g} has a log-likelihood of "
+        f"{np.mean(own):.2f} nats a token under the target, plain decoding's {np.mean(expected):.2f} "
+        f"({standard_errors(own, expected):+.0f} standard errors). Its sampled rows are no fair comparison."
+        for (method, temperature), (own, expected) in found.items()
+        if not is_lawful(own, expected)
+    ]
+    lawful = [two for two in found.values() if is_lawful(*two)]
+    if lawful:
+        furthest = max(abs(standard_errors(*two)) for two in lawful)
         sentences.append(
-            f"No method's sampled outputs could be told from plain decoding's by their likelihood under the target "
-            f"(the furthest: {furthest:.1f} standard errors; at least {least} outputs each)."
+            f"No {'other ' if sentences else ''}method's sampled outputs could be told from plain decoding's by their "
+            f"likelihood under the target (the furthest: {furthest:.1f} standard errors; at least "
+            f"{min(len(own) for own, _ in lawful)} outputs each)."
         )
     return sentences

@@ -128,6 +128,23 @@ def section_pictures(rows: Sequence[Measured], folder: Path) -> str:
     )
 
 
+def section_other_pair(folder: Path) -> str:
+    """Speed-up and tokens per pass of another pair, from a suite of its own."""
+    rows = compare(read(folder), "seconds")
+    case = rows[0].case
+    return (
+        "## Another pair: many languages\n\n"
+        f"The pair and the prompts of `languages.py`; cost ratio {case.ratio:g}, batch {case.concurrency}, "
+        f"{rows[0].proposals} proposals. Speed-up and tokens per target pass:\n\n"
+        + by_method(rows, lambda m: "speed-up", lambda m: m.speedup(), str)
+        + "\n"
+        + by_method(rows, lambda m: "tokens per pass", lambda m: m.tokens_per_pass(), str)
+        + "\n"
+        + " ".join(losslessness(rows))
+        + "\n"
+    )
+
+
 def section_how(files: Sequence[dict[str, Any]], measured: Sequence[Measured]) -> str:
     """How it was measured: what is not natural about it, and where everything comes from."""
     widened = {f["cell"]["ratio"]: f["widened"] for f in files if f["widened"]}
@@ -218,6 +235,7 @@ def main() -> None:
     """Write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", type=Path, required=True, help="folder with the suite's files")
+    parser.add_argument("--other-pair", type=Path, help="folder with a suite of the pair of `languages.py`")
     parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md")
     parser.add_argument("--clock", choices=CLOCKS, default="seconds", help="cpu_seconds, where other work disturbs")
     for name, (title, _) in SECTIONS.items():
@@ -230,6 +248,8 @@ def main() -> None:
         "those that\n`findings.md` quotes from elsewhere, with their source.\n"
     ]
     parts += suite_sections(measured, options.out.parent / "plots")
+    if options.other_pair:
+        parts.append(section_other_pair(options.other_pair))
     for name, (title, reader) in SECTIONS.items():
         if path := getattr(options, name):
             parts.append(f"## {title}\n\n{reader(path)}")
