@@ -108,11 +108,18 @@ class DraftModel:
         self._warm_up()
 
     def _warm_up(self) -> None:
-        """Run one token, so that whatever is compiled is compiled when the engine starts."""
+        """Run the largest pass first and then the smallest, so that everything is compiled when the engine starts.
+
+        The first pass is the one that vLLM compiles for all others. It must have more than one token: the compiler
+        takes the size 1 for a constant, and vLLM drops the guards that would notice (vllm/compilation/wrapper.py).
+        """
         row = self.pool.open_row()
-        assert row is not None
-        self.pool.grow(row, 1)
-        self.forward([Span(row, 0, [0])])
+        if row is None:
+            raise RuntimeError("the KV pool of the draft has no row although no request is there")
+        most = min(self.max_batch_tokens, self.max_model_len)
+        for num_tokens in (most, 1):
+            self.pool.grow(row, num_tokens)
+            self.forward([Span(row, 0, [0] * num_tokens)])
         self.pool.close_row(row)
 
     def _buffer(self, size: int, dtype: torch.dtype) -> CpuGpuBuffer:
