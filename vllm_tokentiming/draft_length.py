@@ -16,7 +16,9 @@ know what they cost.
 on earlier tokens it may depend (``docs/theory.md``).
 
 **Requests with a seed** must not depend on what else runs, nor on a clock: they reckon with costs that are fixed, with
-the chances that they begin with, and with their own history alone.
+one chance for every token, and with their own history alone. They do not look at the draft's confidence: in bfloat16,
+it is rounded otherwise in a pass with other requests, and another number of proposals uses up other random numbers of
+vLLM's.
 
 Imports neither torch nor vLLM.
 """
@@ -280,7 +282,7 @@ class AdaptiveLength(FixedLength):
 
     def take(self, chain: Chain, confidence: float) -> bool:
         """See the base class."""
-        chance = (self._unlearned if chain.fixed else self._chances[chain.sampled])(confidence)
+        chance = self._unlearned.mean if chain.fixed else self._chances[chain.sampled](confidence)
         survival = chain.survival * min(chance * chain.history.fortune, 0.99)
         if survival < chain.least_rate * (_FIXED_TOKEN if chain.fixed else self._token_seconds):
             chain.declined = True
