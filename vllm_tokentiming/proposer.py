@@ -83,7 +83,7 @@ class TokenTimingProposer:
         from vllm_tokentiming.writer import Writer
 
         max_draft_tokens = self._settings.max_draft_tokens or 2 * self.num_speculative_tokens
-        model = DraftModel(self._vllm_config, self._settings)
+        model = DraftModel(self._vllm_config, self._settings, max_draft_tokens)
         pair = load_pair(self._settings, self._vllm_config.model_config, model.model_config)
         logger.info(
             "TokenTiming: target vocabulary %d (%s), draft vocabulary %d (%s), %s alignment; special tokens "

@@ -35,6 +35,7 @@ from vllm_tokentiming import compat
 from vllm_tokentiming.config import SettingsError, TokenTimingConfig
 from vllm_tokentiming.draft.device import available_bytes, kv_budget_bytes
 from vllm_tokentiming.draft.kv_pool import KVPool
+from vllm_tokentiming.draft.kv_size import kv_size
 from vllm_tokentiming.draft.vllm_config import draft_vllm_config
 
 logger = init_logger(f"vllm.{__name__}")
@@ -69,12 +70,13 @@ class DraftModel:
         pool: Blocks of its KV cache.
     """
 
-    def __init__(self, vllm_config: VllmConfig, settings: TokenTimingConfig) -> None:
+    def __init__(self, vllm_config: VllmConfig, settings: TokenTimingConfig, max_draft_tokens: int) -> None:
         """Load the weights and allocate the KV cache.
 
         Args:
             vllm_config: The worker's configuration.
             settings: Our settings.
+            max_draft_tokens: Most draft tokens written for a request in a step.
 
         Raises:
             SettingsError: The draft does not fit.
@@ -85,7 +87,6 @@ class DraftModel:
         self.max_model_len = self.model_config.max_model_len
         self.vocab_size = self.model_config.get_vocab_size()
         self.max_batch_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         with set_current_vllm_config(self._config), set_model_tag("tokentiming_draft"):
             try:
                 self._model = get_model(vllm_config=self._config, prefix="tokentiming_draft")
@@ -94,7 +95,7 @@ class DraftModel:
                     f"tokentiming: the weights of the draft model {settings.model!r} do not fit into memory beside the "
                     "target's; choose a smaller draft model or quantize it."
                 ) from error
-            self.pool = self._allocate(settings, max_num_seqs, vllm_config)
+            self.pool = self._allocate(settings, max_draft_tokens, vllm_config)
         num_rows = len(self.pool.tables)
         self._input_ids = self._buffer(self.max_batch_tokens, torch.int32)
         self._positions = self._buffer(self.max_batch_tokens, torch.int64)
@@ -128,7 +129,7 @@ class DraftModel:
             buffer.gpu = buffer.cpu
         return buffer
 
-    def _allocate(self, settings: TokenTimingConfig, max_num_seqs: int, vllm_config: VllmConfig) -> KVPool:
+    def _allocate(self, settings: TokenTimingConfig, max_draft_tokens: int, vllm_config: VllmConfig) -> KVPool:
         # As vLLM does for the target once it is loaded: the draft may have another attention backend.
         current_platform.update_block_size_for_backend(self._config)
         specs = get_kv_cache_spec(self._config)
@@ -145,24 +146,23 @@ class DraftModel:
 
         block_size = groups[0].kv_cache_spec.block_size
         block_bytes = sum(spec.page_size_bytes for spec in specs.values())
-        row_blocks = -(-self.max_model_len // block_size)
-        least = (row_blocks + 1) * block_bytes
-        if settings.kv_memory_gib is None:
-            wanted = (max_num_seqs * row_blocks + 1) * block_bytes
-            wanted = max(least, min(wanted, kv_budget_bytes(self.device, vllm_config)))
-        else:
-            wanted = int(settings.kv_memory_gib * _GIB)
-        if wanted < least:
+        size = kv_size(
+            draft_max_len=self.max_model_len,
+            target_max_len=vllm_config.model_config.max_model_len,
+            max_draft_tokens=max_draft_tokens,
+            max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
+            block_size=block_size,
+            block_bytes=block_bytes,
+            budget_bytes=kv_budget_bytes(self.device, vllm_config),
+            kv_memory_gib=settings.kv_memory_gib,
+        )
+        if size.num_bytes > (free := available_bytes(self.device)):
             raise SettingsError(
-                f"tokentiming: kv_memory_gib is {settings.kv_memory_gib}, but one request of {self.max_model_len} "
-                f"draft tokens needs {least / _GIB:.3f}; raise kv_memory_gib or lower max_model_len."
+                f"tokentiming: the draft's KV cache needs {size.num_bytes / _GIB:.2f} GiB and {free / _GIB:.2f} GiB "
+                "are free; lower kv_memory_gib or max_model_len, or choose a smaller draft model."
             )
-        if wanted > (free := available_bytes(self.device)):
-            raise SettingsError(
-                f"tokentiming: the draft's KV cache needs {wanted / _GIB:.2f} GiB and {free / _GIB:.2f} GiB are free; "
-                "lower kv_memory_gib or max_model_len, or choose a smaller draft model."
-            )
-        kv_config: KVCacheConfig = planning.get_kv_cache_config_from_groups(self._config, groups, wanted)
+        self.max_model_len = size.max_model_len
+        kv_config: KVCacheConfig = planning.get_kv_cache_config_from_groups(self._config, groups, size.num_bytes)
         self._attn_groups, _, kernel_block_sizes = init_attn_backend(kv_config, self._config, self.device)
         init_kv_cache(context, kv_config, self.device, kernel_block_sizes, self._config)
         self._kv_config = kv_config
@@ -171,13 +171,17 @@ class DraftModel:
         block_size, divided = kernel_block_sizes[0], block_size // kernel_block_sizes[0]
         self._num_blocks = kv_config.num_blocks * divided
         logger.info(
-            "TokenTiming draft model %s: KV cache of %.2f GiB, %d tokens.",
-            settings.model, wanted / _GIB, self._num_blocks * block_size,
+            "TokenTiming: draft model %s, %s, %s; its KV cache has %.2f GiB for %d draft tokens; a request with more "
+            "than %d draft tokens goes on without proposals.",
+            settings.model, str(self.model_config.dtype).removeprefix("torch."),
+            "eager" if self.model_config.enforce_eager else "compiled",
+            size.num_bytes / _GIB, self._num_blocks * block_size, self.max_model_len,
         )  # fmt: skip
         cache_prefixes = settings.enable_prefix_caching
         if cache_prefixes is None:
             cache_prefixes = vllm_config.cache_config.enable_prefix_caching
-        return KVPool(self._num_blocks, block_size, 2 * max_num_seqs, self.max_model_len, cache_prefixes)
+        num_rows = 2 * vllm_config.scheduler_config.max_num_seqs
+        return KVPool(self._num_blocks, block_size, num_rows, self.max_model_len, cache_prefixes)
 
     @torch.inference_mode()
     def forward(self, spans: Sequence[Span]) -> torch.Tensor:
