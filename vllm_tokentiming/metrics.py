@@ -1,27 +1,27 @@
 """What the draft does, on vLLM's page of metrics and in ``LLM.get_metrics()``.
 
 The draft works in a worker, the page is made in the front end, and vLLM has no way from one to the other that is open
-to plugins. ``prometheus_client`` has one for any processes, files that both map into memory: the front end chooses
-their folder and reads them when asked, a worker writes numbers into its own. An environment variable names the folder;
-where workers do not inherit it (on other machines), nothing is counted. Can go when vLLM carries metrics of workers.
+to plugins. ``prometheus_client`` has one for any processes: files that both map into memory. The front end makes one
+without a name for each engine, an environment variable tells the workers where it is, and it is gone with the last
+process that uses it, however that ends. Where workers do not inherit the variable (on other machines), nothing is
+counted. Can go when vLLM carries metrics of workers.
 
 Knows ``prometheus_client``, which vLLM requires, and no vLLM.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, Metric
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
-from prometheus_client.multiprocess import MultiProcessCollector
 
-FOLDER = "VLLM_TOKENTIMING_METRICS_DIR"
+FILES = "VLLM_TOKENTIMING_METRICS"
 
 _PREFIX = "vllm:tokentiming_"
 # Name, its label besides vLLM's own, and what it counts.
@@ -63,39 +63,62 @@ class PhaseClock:
         self.phase, self._since = phase, now
 
 
-class _Folder:
-    """Of this front end's newest engine."""
+class _Files:
+    """One file for each engine of this front end, and the collector that reads them."""
 
-    def __init__(self) -> None:
-        self._made = tempfile.TemporaryDirectory(prefix="vllm-tokentiming-")
-        self.path = self._made.name
-        self._collector = MultiProcessCollector(REGISTRY, self.path)
+    def __init__(self, num_engines: int) -> None:
+        self._files = [os.memfd_create(f"vllm-tokentiming-{engine}") for engine in range(num_engines)]
+        for file in self._files:
+            MmapedDict(_path(os.getpid(), file)).close()  # Now it can be read, also before a worker writes to it.
+        self.names = [_path(os.getpid(), file) for file in self._files]
+        REGISTRY.register(self)
+
+    def collect(self) -> list[Metric]:
+        """Read what the workers have written, as ``prometheus_client`` asks for it."""
+        metrics: dict[str, Metric] = {}
+        for name in self.names:
+            for key, value, _, _ in MmapedDict.read_all_values_from_file(name):
+                metric_name, sample, labels, text = json.loads(key)
+                kind = "counter" if metric_name.removeprefix(_PREFIX) in COUNTERS else "gauge"
+                metric = metrics.setdefault(metric_name, Metric(metric_name, text, kind))
+                metric.add_sample(sample, labels, value)
+        return list(metrics.values())
 
     def close(self) -> None:
-        REGISTRY.unregister(self._collector)
-        self._made.cleanup()
+        REGISTRY.unregister(self)
+        for file in self._files:
+            os.close(file)
 
 
-_folder: _Folder | None = None
+def _path(process: int, file: int) -> str:
+    return f"/proc/{process}/fd/{file}"
 
 
-def show_in_front_end() -> None:
-    """Have the page of metrics show what the workers of the next engine will count, instead of the last one's."""
-    global _folder
-    if _folder is not None:
-        _folder.close()
-        _folder = None
-    shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")  # Several front ends; each shows all that is in there.
-    if shared is None:
-        _folder = _Folder()
-    os.environ[FOLDER] = shared or _folder.path  # type: ignore[union-attr]
+_files: _Files | None = None
+
+
+def show_in_front_end(num_engines: int = 1) -> None:
+    """Have the page of metrics show what the workers of the next engines will count, instead of the last ones'.
+
+    Args:
+        num_engines: Data-parallel engines.
+    """
+    global _files
+    if _files is not None:
+        _files.close()
+        _files = None
+    os.environ.pop(FILES, None)
+    # With several front ends, vLLM makes a folder, and each of them shows all that is in there.
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ and hasattr(os, "memfd_create"):
+        _files = _Files(num_engines)
+        os.environ[FILES] = os.pathsep.join(_files.names)
 
 
 class Recorder:
     """Writes a worker's numbers."""
 
     def __init__(self, model_name: str, engine: int) -> None:
-        """Open the files, if the front end has a folder for them.
+        """Open the files, if the front end has any.
 
         Args:
             model_name: vLLM's labels.
@@ -105,12 +128,19 @@ class Recorder:
         self._keys: dict[tuple[str, str], str] = {}
         self._written: dict[tuple[str, str], float] = {}
         self._files: dict[str, MmapedDict] = {}  # By what is written into them.
-        folder = os.environ.get(FOLDER, "")
-        if folder and Path(folder).is_dir():
+        names = os.environ.get(FILES, "").split(os.pathsep)
+        if (folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR")) and Path(folder).is_dir():
             name = f"tokentiming-{os.getpid()}.db"
             counters = MmapedDict(os.path.join(folder, f"counter_{name}"))
             gauges = MmapedDict(os.path.join(folder, f"gauge_livesum_{name}"))
             self._files = {**dict.fromkeys(COUNTERS, counters), **dict.fromkeys(GAUGES, gauges)}
+        elif engine < len(names) and os.path.exists(names[engine]):
+            self._files = dict.fromkeys(COUNTERS | GAUGES, MmapedDict(names[engine]))
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether a front end shows what is written."""
+        return bool(self._files)
 
     def write(self, values: Mapping[str, float | Mapping[str, float]]) -> None:
         """Write what everything stands at.

@@ -63,7 +63,7 @@ def register() -> None:
             vllm_part, settings = given, self.additional_config.get(METHOD, {})
         verification = vllm_part.get("rejection_sample_method", "standard")
         _refuse_early(settings, verification, target_model_config, target_parallel_config)
-        show_in_front_end()
+        show_in_front_end(target_parallel_config.data_parallel_size)
         self.speculative_config = vllm_part
         return original(self, target_model_config, target_parallel_config)
 

@@ -1,0 +1,81 @@
+"""Metrics go from a worker's process to the front end's, and leave nothing behind however the processes end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+
+import pytest
+from prometheus_client import REGISTRY
+
+from vllm_tokentiming import metrics
+
+WORKER = """
+import sys, time
+from vllm_tokentiming.metrics import Recorder
+recorder = Recorder("a model", int(sys.argv[1]))
+recorder.write({"draft_passes": 3 + int(sys.argv[1]), "draft_blocks": 7, "one_hot": {"grammar": 2}})
+print(recorder.is_seen, flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+FRONT_END = """
+import subprocess, sys, time
+from vllm_tokentiming.metrics import show_in_front_end
+show_in_front_end()
+subprocess.Popen([sys.executable, "-c", sys.argv[1], "0", "60"])
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def front_end(monkeypatch):
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    metrics.show_in_front_end(2)
+    yield
+    metrics._files.close()
+    metrics._files = None
+    monkeypatch.delenv(metrics.FILES)
+
+
+def work(engine: int) -> str:
+    command = [sys.executable, "-c", WORKER, str(engine), "0"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def shown(name: str, engine: int, **labels: str) -> float | None:
+    return REGISTRY.get_sample_value(
+        f"vllm:tokentiming_{name}", {"model_name": "a model", "engine": str(engine), **labels}
+    )
+
+
+def test_what_workers_of_several_engines_write_is_shown_by_engine(front_end):
+    assert shown("draft_passes_total", 0) is None
+    assert [work(0), work(1)] == ["True", "True"]
+    assert [shown("draft_passes_total", engine) for engine in (0, 1)] == [3, 4]
+    assert shown("draft_blocks", 1) == 7
+    assert shown("one_hot_total", 0, reason="grammar") == 2
+
+
+def test_a_worker_without_a_front_end_knows_that_nobody_sees_what_it_writes(monkeypatch):
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    monkeypatch.delenv(metrics.FILES, raising=False)
+    assert work(0) == "False"
+
+
+def test_processes_that_are_killed_leave_nothing_in_the_temporary_folder(tmp_path):
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    environment.pop("PROMETHEUS_MULTIPROC_DIR", None)
+    assert tempfile.gettempdir() != str(tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-c", FRONT_END, WORKER],
+        env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout.readline().strip() == "True"  # The worker has opened its file.
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert list(tmp_path.iterdir()) == []
