@@ -6,6 +6,7 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm_tokentiming import writer as writer_module
 from vllm_tokentiming.draft.sampling import DraftSampling, draw, law, seed_of, uniforms
 from vllm_tokentiming.draft_length import Chain, FixedLength, History
 from vllm_tokentiming.transducer import Transducer
@@ -270,7 +271,7 @@ def test_greedy_requests_draft_for_the_likeliest_target_token_as_the_prior_has_i
 
 
 def test_a_step_whose_q_would_be_too_large_is_one_hot(embedded, transducer, sizes):
-    one_request = 3 * sizes[1] * 4
+    one_request = 3 * sizes[1] * 4 * 2  # With the copy that vLLM verifies.
     writer = make_writer(embedded, sizes, max_q_bytes=2 * one_request)
     for number, drawn in ((2, True), (3, False)):
         drafts = [Draft(i, Chain(History(), 3), DraftSampling(i, 1.0), position=0) for i in range(number)]
@@ -290,3 +291,28 @@ def test_a_request_drafts_the_same_alone_and_in_a_batch(embedded, transducer, si
         writer.begin([alone])
         writer.advance([alone], logits[row : row + 1].clone())
         assert alone.draft_ids == draft.draft_ids
+
+
+def test_large_batches_are_drafted_a_few_requests_at_a_time_and_alike(embedded, transducer, sizes, monkeypatch):
+    """In a large vocabulary, what the laws are made with would take gigabytes for all requests at once."""
+    kinds = [DraftSampling(1, 0.8, top_p=0.9), None, DraftSampling(2, 1.0), None, DraftSampling(3, 0.7), None, None]
+    logits = torch.randn(len(kinds), sizes[0], generator=torch.Generator().manual_seed(7))
+    num_rows = []
+
+    def shape(rows, *arguments):
+        num_rows.append(len(rows))
+        return law(rows, *arguments)
+
+    monkeypatch.setattr(writer_module, "law", shape)
+    found = []
+    for most_logits in (1 << 24, 2 * sizes[0]):
+        monkeypatch.setattr(writer_module, "_MOST_LOGITS", most_logits)
+        writer = make_writer(embedded, sizes)
+        drafts = [Draft(i, Chain(History(), 3), kind, position=4) for i, kind in enumerate(kinds)]
+        writer.begin(drafts)
+        writer.advance(drafts, logits.clone())
+        writer.finish(drafts)
+        found.append(([draft.draft_ids for draft in drafts], writer.q))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+    assert num_rows[0] == 3 and max(num_rows[1:]) == 1

@@ -61,8 +61,9 @@ class TokenTimingConfig(BaseModel):
             ``tokentiming-paper``, which changes the distribution of sampled output (``writer.py``).
         allow_inexact: Must be set for ``tokentiming-paper``, and for verification of vLLM's that is not exact.
         alignment_prior: Power of the alignment prior (``prior.py``) in the draft's law; 0 for none.
-        q_memory_gib: Most memory for proposal probabilities, in GiB; a step with more requests than fit is verified as
-            one-hot (a request takes ``num_speculative_tokens`` times the target's vocabulary times 4 bytes).
+        q_memory_gib: Most memory for proposal probabilities and the copy that vLLM verifies, in GiB; a step with
+            more requests than fit is verified as one-hot (a request takes ``num_speculative_tokens`` times the target's
+            vocabulary times 8 bytes).
         seed: Of the draft's random numbers, beside that of each request.
         special_tokens: Draft special token for a target special token, both by text; ``null`` drops it.
         own_chat_turns: Whether the draft reads what stands around the messages of a chat as its own template writes it,

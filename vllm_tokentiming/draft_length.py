@@ -183,7 +183,13 @@ _FIXED_COSTS = _Costs(lambda n: 1 + _FIXED_TOKEN * n, lambda n: _FIXED_DRAFT_PAS
 
 
 class FixedLength:
-    """Drafts as much as may be proposed."""
+    """Drafts as much as may be proposed.
+
+    Attributes:
+        steps_paused: Steps in a row, up to now, in which drafting would not have paid for any request that could draft.
+    """
+
+    steps_paused = 0
 
     def plan(self, chains: Sequence[Chain], num_requests: int) -> list[Chain]:
         """Decide at the beginning of a step who drafts.
@@ -266,7 +272,9 @@ class AdaptiveLength(FixedLength):
         first = 0.0 if drafting else self._first(sum(min(chain.lag, _USUAL_LAG) for chain in others))
         first += self._reading(others)
         plain, best = self._rates(others, num_requests, self._costs, first)
+        self.steps_paused += 1
         if best > _LEAST_GAIN * plain:
+            self.steps_paused = 0
             self._pause.reset()
             for chain in others:
                 chain.least_rate = best

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 _MOST_STEPS_OFF = 256  # After faults without end.
+_STEPS_TO_TELL = 64  # Without drafting, before the log says so for the first time.
 
 
 class TokenTimingProposer:
@@ -67,6 +68,7 @@ class TokenTimingProposer:
         self._num_faults: Counter[str] = Counter()  # By phase.
         self._faults_in_a_row = self._steps_off = 0
         self._recorder: Recorder | None = None
+        self._told_of_pause, self._steps_to_tell = False, _STEPS_TO_TELL
         integration.install()
 
     def load_model(self, target_model: Any) -> None:
@@ -82,8 +84,19 @@ class TokenTimingProposer:
         from vllm_tokentiming.drafting import Drafter
         from vllm_tokentiming.writer import Writer
 
+        config = self._vllm_config
+        logger.info(
+            "TokenTiming: vLLM's model runner V1, which custom proposers need; target in %s, %s; up to %d proposals.",
+            str(config.model_config.dtype).removeprefix("torch."),
+            "eager" if config.model_config.enforce_eager else "compiled", self.num_speculative_tokens,
+        )  # fmt: skip
+        logger.info(
+            "TokenTiming: loading the draft model %s%s.", self._settings.model,
+            "" if config.model_config.enforce_eager else "; compiling it takes minutes unless vLLM's cache has it",
+        )  # fmt: skip
         max_draft_tokens = self._settings.max_draft_tokens or 2 * self.num_speculative_tokens
         model = DraftModel(self._vllm_config, self._settings, max_draft_tokens)
+        logger.info("TokenTiming: reading both vocabularies, which takes seconds if they are large.")
         pair = load_pair(self._settings, self._vllm_config.model_config, model.model_config)
         logger.info(
             "TokenTiming: target vocabulary %d (%s), draft vocabulary %d (%s), %s alignment; special tokens "
@@ -115,6 +128,8 @@ class TokenTimingProposer:
         )
         self._drafter = Drafter(pair, model, writer, self._length, max_draft_tokens)
         self._recorder = integration.recorder(self._vllm_config)
+        if self._recorder is not None and not self._recorder.is_seen:
+            logger.warning("TokenTiming: vLLM's front end cannot see this worker's metrics vllm:tokentiming_*.")
 
     def _log_prior(self, pair: VocabularyPair, model: DraftModel) -> npt.NDArray[np.float64] | None:
         power = self._settings.alignment_prior
@@ -122,6 +137,10 @@ class TokenTimingProposer:
             return None
         from vllm_tokentiming.draft.self_text import write_texts
 
+        logger.info(
+            "TokenTiming: the draft writes a sample text for the alignment prior, which takes minutes where its passes "
+            'are slow; "alignment_prior": 0 leaves it out.'
+        )
         prior = AlignmentPrior(pair)
         for draft_ids in write_texts(model, pair):
             prior.observe(pair.draft.token_bytes.decode(draft_ids))
@@ -154,9 +173,25 @@ class TokenTimingProposer:
                         self._length.observe(kind, tokens, seconds)
                     self.proposals = self._drafter.propose(self.batch)
                     self._faults_in_a_row = 0
+            self._tell_of_pauses()
             self._record()
             self._ended = time.perf_counter()
         return self.proposals.target_ids
+
+    def _tell_of_pauses(self) -> None:
+        """Log when drafting as a whole pauses and when it goes on, ever more rarely if that happens again and again."""
+        paused = self._length.steps_paused
+        if not self._told_of_pause and paused >= self._steps_to_tell:
+            self._told_of_pause = True
+            self._steps_to_tell *= 4
+            logger.info(
+                "TokenTiming: nothing has been drafted in the last %d steps, but for trials, since it would not have "
+                "paid for %d requests at once; drafting goes on when it does.",
+                paused, len(self.batch),
+            )  # fmt: skip
+        elif self._told_of_pause and not paused:
+            self._told_of_pause = False
+            logger.info("TokenTiming: drafting pays again, for %d requests at once.", len(self.batch))
 
     def _record(self) -> None:
         if self._recorder is None:

@@ -34,6 +34,7 @@ from vllm_tokentiming.transfer import Candidates, Transfer
 from vllm_tokentiming.uploading import upload
 
 _LATELY = 8  # Draft tokens.
+_MOST_LOGITS = 1 << 24  # That are worked on at once: 64 requests with a vocabulary of 262,144.
 
 
 @dataclass
@@ -91,6 +92,7 @@ class Writer:
     """Turns the draft's logits into drafted tokens, proposals, and their probabilities.
 
     Attributes:
+        max_rows: Most requests in a step that ``q`` has room for.
         q: Of the step, ``[drafts, num_proposals, target size] float32``, if any draft draws.
         stages: Of the step, by row and position: of the proposals whose ``q`` counts in the last stage alone.
         one_hot: Drafts of sampled requests without ``q``, since the start, by reason: the ``strategy`` draws none,
@@ -121,7 +123,8 @@ class Writer:
             num_proposals: Most target tokens to propose for a request.
             max_draft_tokens: Most draft tokens written for a request in a step.
             device: Where the draft's logits are.
-            max_q_bytes: Most memory for ``q``; 0 to draft greedily for all, with one-hot ``q``.
+            max_q_bytes: Most memory for ``q`` and the copy of it that vLLM verifies; 0 to draft greedily for all, with
+                one-hot ``q``.
             length: Decides whether a token is proposed.
             log_prior: ``[draft size]``, the logarithm of the alignment prior, to some power.
         """
@@ -138,7 +141,8 @@ class Writer:
         self._pushes = strategy == "tokentiming"
         self._max_draft_tokens = max_draft_tokens
         self._shape = (num_proposals, target_size)
-        self._max_rows = max_q_bytes // (4 * num_proposals * target_size)
+        # Twice: vLLM copies the rows that it verifies.
+        self.max_rows = max_q_bytes // (2 * 4 * num_proposals * target_size)
         draftable = torch.zeros(draft_size, dtype=torch.bool)
         known = torch.from_numpy(self._transducer.draftable)[:draft_size]
         draftable[: len(known)] = known
@@ -171,7 +175,7 @@ class Writer:
         proposals are then one-hot. They also are in a step whose ``q`` would be larger than the user allows.
         """
         self.q, self.stages = None, {}
-        fits = len(drafts) <= self._max_rows
+        fits = len(drafts) <= self.max_rows
         for row, draft in enumerate(drafts):
             draft.row = row
             if not (draft.greedy or (draft.sampling and self._draws and fits)):
@@ -193,6 +197,12 @@ class Writer:
         Raises:
             FloatingPointError: They are no numbers.
         """
+        # A few at a time: the laws, what they are sorted and added up into, would take gigabytes in large vocabularies.
+        most = max(1, _MOST_LOGITS // logits.shape[1])
+        for first in range(0, len(drafts), most):
+            self._advance(drafts[first : first + most], logits[first : first + most])
+
+    def _advance(self, drafts: Sequence[Draft], logits: torch.Tensor) -> None:
         drawing = [] if self.q is None else [row for row, draft in enumerate(drafts) if draft.sampling]
         staging = self._staged and any(drafts[row].pieces for row in drawing)
         self._mask(drafts, drawing, staging, logits)

@@ -1,0 +1,48 @@
+"""The largest step that there can be, made once when the engine starts, so that vLLM counts the memory that it takes.
+
+vLLM measures how much memory the passes of its models take before it gives what is left to the target's KV cache
+(``GPUModelRunner.profile_run``), and runs no custom proposer in there. Without this, a draft's largest pass and the
+probabilities of its proposals would find no memory on an accelerator that vLLM has filled.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_tokentiming.draft.model import DraftModel, Span
+from vllm_tokentiming.draft.sampling import DraftSampling
+from vllm_tokentiming.draft_length import Chain, History
+from vllm_tokentiming.writer import Draft, Writer
+
+
+@torch.inference_mode()
+def rehearse(model: DraftModel, writer: Writer, num_requests: int, num_proposals: int) -> None:
+    """Run the draft's largest pass, and draw a token for as many sampled requests as there can be.
+
+    Args:
+        model: The draft model; its KV pool must be free, and is free again afterwards.
+        writer: Between two steps.
+        num_requests: Most requests at a time.
+        num_proposals: Most target tokens to propose for a request.
+    """
+    num_tokens = min(model.max_batch_tokens // num_requests, model.max_model_len) or 1
+    spans: list[Span] = []
+    while len(spans) < min(num_requests, model.max_batch_tokens) and (row := model.pool.open_row()) is not None:
+        if not model.pool.grow(row, num_tokens):
+            model.pool.close_row(row)
+            break
+        spans.append(Span(row, 0, [0] * num_tokens))
+    logits = model.forward(spans)
+    # With all that shapes a draft's law: each takes memory of its own.
+    sampling = DraftSampling(seed=0, temperature=1.0, top_k=model.vocab_size - 1, top_p=0.9, min_p=0.01)
+    number = min(len(spans), writer.max_rows) or len(spans)
+    # Marked as greedy, so that no one-hot verification is counted where `q` has no room.
+    drafts = [Draft(index, Chain(History(), num_proposals), sampling, 0, greedy=True) for index in range(number)]
+    writer.begin(drafts)
+    writer.advance(drafts, logits[:number])
+    writer.finish(drafts)
+    verified = None if writer.q is None else writer.q.clone()  # As vLLM copies it.
+    del verified
+    writer.begin([])
+    for span in spans:
+        model.pool.close_row(span.row)
