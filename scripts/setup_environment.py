@@ -121,7 +121,7 @@ def install_package(python: Path) -> None:
     build_tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     pip_install = (python, "-m", "pip", "install", "--quiet")
     run(*pip_install, *build_tools)
-    run(*pip_install, "--no-build-isolation", "--editable", f"{ROOT}[test,dev]")
+    run(*pip_install, "--no-build-isolation", "--editable", f"{ROOT}[test,published,dev]")
 
 
 def verify(python: Path) -> None:

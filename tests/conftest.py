@@ -55,6 +55,14 @@ def need(*parts: str) -> Path:
     return path
 
 
+def published(*names: str) -> list[Path]:
+    """The folders of published models (`examples/published_models.py`); skips the test where one is absent."""
+    folder = Path(os.environ.get("TOKENTIMING_PUBLISHED") or "/nonexistent")
+    if absent := [name for name in names if not (folder / name).is_dir()]:
+        pytest.skip(f"TOKENTIMING_PUBLISHED names no folder with the published model {absent[0]}")
+    return [folder / name for name in names]
+
+
 def cases(names):
     """Parameters of a test, each a tokenizer's name or several; skipped where the shared data is absent."""
     absent = pytest.mark.skip(reason="TOKENTIMING_DATA names no folder with shared data")

@@ -44,8 +44,8 @@ def write_adapter(folder: Path) -> None:
 
 def _engines(**arguments) -> dict:
     return {
-        "plain": engine.start(**arguments),
-        "ours": engine.start(speculative_config=engine.speculation(), **arguments),
+        "plain": engine.start_exact(**arguments),
+        "ours": engine.start_exact(speculative_config=engine.speculation(), **arguments),
     }
 
 

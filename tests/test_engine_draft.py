@@ -98,7 +98,7 @@ def _write_sharing(model, prompts: list[list[int]]) -> tuple[list[list[int]], in
 
 def write_in_all_ways() -> dict:
     """In a fresh process: the greedy continuation of ragged prompts, several ways."""
-    llm = engine.start(block_size=32, speculative_config=engine.speculation(enable_prefix_caching=True))
+    llm = engine.start_exact(block_size=32, speculative_config=engine.speculation(enable_prefix_caching=True))
     model = engine.drafter(llm)._model
     tokenizer = engine.drafter(llm)._pair.draft.encoder
     prompts = [[1, *tokenizer.encode(text.encode())] for text in texts(None)[::17]]

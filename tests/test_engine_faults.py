@@ -44,9 +44,9 @@ def break_everything() -> dict:
     from vllm_tokentiming import integration
 
     prompts = texts(None)[::13]
-    plain = engine.start()
+    plain = engine.start_exact()
     result: dict = {"plain": engine.generate(plain, prompts, engine.greedy(32))}
-    llm = engine.start(speculative_config=engine.speculation())
+    llm = engine.start_exact(speculative_config=engine.speculation())
     pool, drafter = engine.pool(llm), engine.drafter(llm)
     num_blocks = pool.num_free_blocks
 

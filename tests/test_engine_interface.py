@@ -38,7 +38,7 @@ def ask_in_both_ways() -> dict:
             {"speculative_config": CUSTOM, "additional_config": {"tokentiming": {"model": engine.DRAFT}}},
         ),
     ):
-        llm = engine.start(**arguments)
+        llm = engine.start_exact(**arguments)
         result[name] = {
             "outputs": engine.generate(llm, PROMPTS, engine.greedy()),
             "counters": engine.counters(llm),
@@ -267,7 +267,7 @@ def ask_for_too_little_and_too_much_memory() -> dict:
     result = {}
     for name, kv_memory_gib in (("little", 0.001), ("much", 1e5)):
         try:
-            engine.start(speculative_config=engine.speculation(kv_memory_gib=kv_memory_gib))
+            engine.start_exact(speculative_config=engine.speculation(kv_memory_gib=kv_memory_gib))
         except Exception as error:
             result[name] = [type(error).__name__, str(error)]
     return result

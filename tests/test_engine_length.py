@@ -13,7 +13,7 @@ NUM_PROMPTS, TOKENS, BATCH = 24, 32, 8
 
 def write(speculative: dict | None) -> dict:
     """In a fresh process: greedy output, and what was learnt."""
-    llm = engine.start(speculative_config=speculative, max_num_seqs=BATCH)
+    llm = engine.start_exact(speculative_config=speculative, max_num_seqs=BATCH)
     prompts = texts()[:NUM_PROMPTS]
     result: dict = {"greedy": [engine.generate(llm, prompts, engine.greedy(TOKENS)) for _ in range(2)]}
     if speculative is not None:

@@ -120,7 +120,7 @@ class Audit:
 
 
 def _start(draft: dict | None = None, **arguments):
-    llm = engine.start(block_size=BLOCK, speculative_config=engine.speculation(**(draft or {})), **arguments)
+    llm = engine.start_exact(block_size=BLOCK, speculative_config=engine.speculation(**(draft or {})), **arguments)
     return llm, Audit(llm)
 
 
@@ -179,7 +179,7 @@ def _abort_and_reuse(llm, prompts: list[list[int]]) -> list:
 def live_through_everything() -> dict:
     """In a fresh process: the same prompts through engines of many kinds."""
     os.environ["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"
-    plain = engine.start(block_size=BLOCK)
+    plain = engine.start_exact(block_size=BLOCK)
     tokenizer = plain.get_tokenizer()
     prompts = [long_ids(tokenizer, 70 - 7 * i, first=20 * i) for i in range(NUM_REQUESTS)]
     parameters = engine.greedy(MAX_TOKENS)

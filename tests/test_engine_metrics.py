@@ -24,7 +24,7 @@ def _ours(llm) -> dict:
 
 def _run() -> dict:
     """Metrics of two engines of one process, one after the other; the first one's drafts fail in the end."""
-    llm = engine.start(speculative_config=engine.speculation())
+    llm = engine.start_exact(speculative_config=engine.speculation())
     sampled = engine.greedy(24, temperature=0.8)
     grammar = {"structured_outputs": {"regex": "[a-z ]{5,20}"}, "ignore_eos": False}
     engine.generate(llm, texts()[:6], engine.greedy(24))
@@ -41,7 +41,7 @@ def _run() -> dict:
     engine.drafter(llm)._model.forward = fail
     engine.generate(llm, texts()[:2], engine.greedy(4))
     failed = {name: metric.value for name, metric in _ours(llm).items()}
-    second = engine.start(speculative_config=engine.speculation())
+    second = engine.start_exact(speculative_config=engine.speculation())
     engine.generate(second, texts()[:1], engine.greedy(8))
     after = {name: metric.value for name, metric in _ours(second).items()}
     engine.runner(second).drafter._recorder.write = fail

@@ -18,7 +18,7 @@ COUNTED = ("vllm:spec_decode_num_accepted_tokens", "vllm:tokentiming_draft_passe
 
 def _outputs(**arguments) -> dict:
     """Outputs of one engine for greedy and for seeded sampled requests, in one batch, and accepted tokens."""
-    llm = engine.start(**arguments)
+    llm = engine.start_exact(**arguments)
     prompts = [text for text in texts()[:NUM_PROMPTS] for _ in range(2)]
     sampling = [
         parameters

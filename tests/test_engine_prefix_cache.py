@@ -25,7 +25,9 @@ class Run:
 
     def __init__(self, draft: dict | None = None, **arguments) -> None:
         arguments = {"enable_prefix_caching": True, **arguments}
-        self.llm = engine.start(block_size=BLOCK, speculative_config=engine.speculation(**(draft or {})), **arguments)
+        self.llm = engine.start_exact(
+            block_size=BLOCK, speculative_config=engine.speculation(**(draft or {})), **arguments
+        )
         self.audit, self.drafter, self.pool = Audit(self.llm), engine.drafter(self.llm), engine.pool(self.llm)
         self.context_tokens = 0
         self._release = self.drafter.release
@@ -85,7 +87,7 @@ def _salted(llm, prompts: list[list[int]], parameters) -> list[list[int]]:
 
 def share_everything() -> dict:
     """In a fresh process: prompts with one beginning, through engines of many kinds."""
-    plain = engine.start(block_size=BLOCK)
+    plain = engine.start_exact(block_size=BLOCK)
     text = long_ids(plain.get_tokenizer(), 2 * NUM_SHARED)
     prompts = [text[:NUM_SHARED] + long_ids(plain.get_tokenizer(), NUM_OWN, first=20 * i) for i in range(NUM_REQUESTS)]
     others = [text[NUM_SHARED + 40 * i :][:150] for i in range(4)]  # They share nothing.

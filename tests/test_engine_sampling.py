@@ -141,8 +141,8 @@ def _from_embeddings(llm) -> list[list[int]]:
 
 def write_everything() -> dict:
     """In a fresh process: every case with a plain engine and with ours."""
-    plain = engine.start(enable_prompt_embeds=True)
-    ours = engine.start(enable_prompt_embeds=True, speculative_config=engine.speculation())
+    plain = engine.start_exact(enable_prompt_embeds=True)
+    ours = engine.start_exact(enable_prompt_embeds=True, speculative_config=engine.speculation())
     result: dict = {"refused": _refusals(ours)}
     result["embeddings"] = [_from_embeddings(llm) for llm in (plain, ours)]
     # Alone, so that the step after its prompt has no proposals for anybody.

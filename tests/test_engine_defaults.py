@@ -1,0 +1,105 @@
+"""Started as the README says, with no further option: compiled, in bfloat16, with vLLM's own limits."""
+
+from __future__ import annotations
+
+import engine
+import pytest
+from engine_prompts import long_ids, texts
+from near_ties import gaps
+
+pytestmark = pytest.mark.engine
+
+NUM_PROMPTS, TOKENS = 32, 24
+# Two logits of about 16 that are next to each other in bfloat16 differ by 0.125, and a pass over several positions may
+# round each of them otherwise than a pass over one. Anything above is no matter of rounding.
+NEAR_TIE = 0.25
+SIZES = (1, 2, 3, 7, 64, 500)  # Of passes of the draft, in tokens.
+
+
+def write() -> dict:
+    """In a fresh process: what a plain engine writes, and what ours does, greedy and sampled, long and short."""
+    plain = engine.start()
+    ours = engine.start(speculative_config=_as_in_the_readme())
+    tokenizer = plain.get_tokenizer()
+    prompts = texts(None)[:NUM_PROMPTS]
+    # A prompt longer than a pass is read in chunks; the same prompt again comes from the prefix cache.
+    long = [
+        long_ids(tokenizer, 1900),
+        long_ids(tokenizer, 1900),
+        *(long_ids(tokenizer, 1500, first=i) for i in (40, 80)),
+    ]
+    result: dict = {
+        "gaps": gaps(plain, ours, prompts, TOKENS),
+        "long gaps": gaps(plain, ours, long, TOKENS),
+    }
+    seeded = [engine.greedy(TOKENS, temperature=0.8, seed=seed) for seed in range(8)]
+    result["sampled"] = engine.generate(ours, prompts[:8], engine.greedy(TOKENS, temperature=0.9, top_p=0.95))
+    result["together"] = [engine.generate(llm, prompts[:8], seeded) for llm in (plain, ours)]
+    result["alone"] = [
+        [engine.generate(llm, [prompt], parameters)[0] for prompt, parameters in zip(prompts, seeded, strict=False)]
+        for llm in (plain, ours)
+    ]
+    return result | {"counters": engine.counters(ours)}
+
+
+def _as_in_the_readme(**settings) -> dict:
+    return {"method": "tokentiming", "model": engine.DRAFT, "num_speculative_tokens": 6, **settings}
+
+
+def logits_of_passes() -> dict:
+    """In a fresh process: how far the logits of a compiled draft are from an eager one's, by the size of the pass."""
+    import torch
+
+    from vllm_tokentiming.draft.model import Span
+
+    found = {}
+    for name, eager in (("compiled", False), ("eager", True)):
+        llm = engine.start(dtype="float32", speculative_config=_as_in_the_readme(enforce_eager=eager))
+        model = engine.drafter(llm)._model
+        for size in SIZES:
+            row = model.pool.open_row()
+            model.pool.grow(row, size + 1)
+            draft_ids = [1 + (7 * i) % 3000 for i in range(size + 1)]
+            both = [model.forward([Span(row, 0, draft_ids[:size])]), model.forward([Span(row, size, draft_ids[size:])])]
+            model.pool.close_row(row)
+            found[name, size] = torch.cat(both).double()
+        del llm
+    return {
+        str(size): float((found["compiled", size] - found["eager", size]).abs().max() / found["eager", size].std())
+        for size in SIZES
+    }
+
+
+@pytest.fixture(scope="module")
+def written() -> dict:
+    return engine.in_fresh_process(write)
+
+
+def test_the_engine_starts_and_proposals_are_accepted(written):
+    assert 0 < written["counters"]["accepted"] <= written["counters"]["proposed"]
+    assert written["counters"]["faults"] == 0
+
+
+@pytest.mark.parametrize("kind", ["gaps", "long gaps"])
+def test_greedy_text_differs_from_plain_decodings_only_at_near_ties(written, kind):
+    assert max(written[kind], default=0) < NEAR_TIE
+    assert len(written[kind]) < NUM_PROMPTS / 4
+
+
+def test_sampled_requests_are_answered_whole(written):
+    assert [len(target_ids) for target_ids in written["sampled"]] == [TOKENS] * 8
+
+
+def test_a_seeded_request_reproduces_itself_as_often_as_in_plain_decoding(written):
+    plain, ours = (
+        sum(a == b for a, b in zip(together, alone, strict=True))
+        for together, alone in zip(written["together"], written["alone"], strict=True)
+    )
+    assert ours >= plain - 1
+
+
+def test_a_compiled_draft_has_the_logits_of_an_eager_one_in_passes_of_every_size():
+    # A graph that was compiled for one token gives other logits, or none, for all other sizes.
+    differences = engine.in_fresh_process(logits_of_passes)
+    assert {int(size) for size in differences} == set(SIZES)
+    assert max(differences.values()) < 1e-4
