@@ -176,7 +176,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"there is no model {unknown.pop()!r}; there are {', '.join(MODELS)}")
     for name in options.models or MODELS:
         if MODELS[name].terms and not options.accept_gemma_terms:
-            print(f"{name}: left out. Its terms of use stand in {MODELS[name].terms}; --accept-gemma-terms accepts them.")
+            print(
+                f"{name}: left out. Its terms of use stand in {MODELS[name].terms}; --accept-gemma-terms accepts them."
+            )
             continue
         fetch(name, options.out)
 

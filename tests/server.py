@@ -10,15 +10,16 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import engine
 import openai
 import pytest
 
-START_SECONDS = 300
+START_SECONDS = 600  # A first start compiles both models.
 
 
 @dataclass(frozen=True)
@@ -27,15 +28,16 @@ class Server:
 
     url: str
     client: openai.OpenAI
+    model: str
 
     def complete(self, prompt: str, stream: bool = False, **parameters) -> str:
-        given = {"model": "target", "prompt": prompt, "temperature": 0, "max_tokens": 24, **parameters}
+        given = {"model": self.model, "prompt": prompt, "temperature": 0, "max_tokens": 24, **parameters}
         answer = self.client.completions.create(stream=stream, **given)
         return "".join(chunk.choices[0].text for chunk in answer) if stream else answer.choices[0].text
 
     def chat(self, content: str, stream: bool = False, **parameters) -> str:
         messages = [{"role": "user", "content": content}]
-        given = {"model": "target", "messages": messages, "temperature": 0, "max_tokens": 24, **parameters}
+        given = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": 24, **parameters}
         answer = self.client.chat.completions.create(stream=stream, **given)
         if stream:
             return "".join(chunk.choices[0].delta.content or "" for chunk in answer)
@@ -65,25 +67,36 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -
     pytest.fail(f"the server did not become healthy:\n{end}")
 
 
+# For output that is compared token by token; see `engine.start_exact`.
+EXACT = ("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "16", "--enforce-eager")
+
+
 @contextlib.contextmanager
-def serving(log: Path, *options: str) -> Iterator[Server]:
-    """The embedded target, speculating.
+def serving(
+    log: Path,
+    *options: str,
+    target: str = engine.TARGET,
+    speculation: dict[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Server]:
+    """A server, speculating.
 
     Args:
         log: File for what the server prints.
-        options: Of the command, beside those of all tests.
+        options: Of the command; without any, it is started as the README says.
+        target: Folder of the target.
+        speculation: The speculative configuration; by default the embedded draft's.
+        environment: Variables, beside those of all engines of the tests.
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    command = [Path(sys.executable).with_name("vllm"), "serve", engine.TARGET]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "target"]
-    command += ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "16", "--enforce-eager"]
-    command += ["--speculative-config", json.dumps(engine.speculation()), *options]
+    command = [Path(sys.executable).with_name("vllm"), "serve", target, "--port", str(port)]
+    command += ["--speculative-config", json.dumps(speculation or engine.speculation()), *options]
     with log.open("wb") as sink:
         process = subprocess.Popen(
             command,
-            env=engine.environment(),
+            env={**engine.environment(), **(environment or {})},
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=sink,
@@ -92,6 +105,6 @@ def serving(log: Path, *options: str) -> Iterator[Server]:
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_until_healthy(process, url, log)
-        yield Server(url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120))
+        yield Server(url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120), target)
     finally:
         engine.kill_group(process)

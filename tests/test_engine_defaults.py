@@ -6,6 +6,7 @@ import engine
 import pytest
 from engine_prompts import long_ids, texts
 from near_ties import gaps
+from server import serving
 
 pytestmark = pytest.mark.engine
 
@@ -103,3 +104,43 @@ def test_a_compiled_draft_has_the_logits_of_an_eager_one_in_passes_of_every_size
     differences = engine.in_fresh_process(logits_of_passes)
     assert {int(size) for size in differences} == set(SIZES)
     assert max(differences.values()) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory) -> dict:
+    """What a server that is started as the README says answers, counts, logs, and leaves behind."""
+    folder = tmp_path_factory.mktemp("serve")
+    temporary = folder / "temporary"
+    temporary.mkdir()
+    with serving(folder / "log", speculation=_as_in_the_readme(), environment={"TMPDIR": str(temporary)}) as server:
+        result = {
+            "answers": [server.complete("The sea was"), server.complete("The sea was", temperature=0.8, stream=True)],
+            "chat": server.chat("Tell me about the lighthouse and", extra_body={"min_tokens": 8}),
+            "passes": server.metric("vllm:tokentiming_draft_passes_total"),
+            "faults": server.metric("vllm:tokentiming_faults_total"),
+            "proposed": server.metric("vllm:spec_decode_num_draft_tokens_total"),
+        }
+    # The server has been killed.
+    left = [path.name for path in temporary.rglob("*") if "tokentiming" in path.name]
+    return result | {"log": (folder / "log").read_text(), "left": left}
+
+
+def test_a_server_answers_and_counts_what_it_drafts(served):
+    assert all(served["answers"]) and served["chat"]
+    assert served["passes"] > 0 and served["proposed"] > 0
+    assert served["faults"] == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "model runner V1", "target in bfloat16, compiled", "its KV cache has", "reading both vocabularies",
+        "compiling it takes minutes", "a request with more than 2048 draft tokens goes on without proposals",
+    ],
+)  # fmt: skip
+def test_the_log_says_in_one_line_each_what_runs_and_what_takes_long(served, words):
+    assert sum("TokenTiming" in line and words in line for line in served["log"].splitlines()) == 1
+
+
+def test_a_killed_server_leaves_nothing_of_ours_in_the_temporary_folder(served):
+    assert served["left"] == []

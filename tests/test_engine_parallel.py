@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import engine
 import pytest
 from engine_prompts import texts
-from server import serving
+from server import EXACT, serving
 
 pytestmark = pytest.mark.engine
 
@@ -68,7 +68,7 @@ def test_two_ranks_agree_on_lengths_that_adapt(sharded):
 
 
 def test_each_of_two_engines_drafts_and_counts_for_itself(tmp_path):
-    with serving(tmp_path / "log", "--data-parallel-size", "2") as server:
+    with serving(tmp_path / "log", *EXACT, "--data-parallel-size", "2") as server:
         alone = [server.complete(prompt) for prompt in texts()[:NUM_PROMPTS]]
         with ThreadPoolExecutor(NUM_PROMPTS) as clients:
             together = list(clients.map(server.complete, texts()[:NUM_PROMPTS]))

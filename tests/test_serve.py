@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from engine_prompts import texts
-from server import serving
+from server import EXACT, serving
 
 pytestmark = pytest.mark.engine
 
@@ -15,7 +15,7 @@ NUM_CLIENTS = 32
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with serving(tmp_path_factory.mktemp("serve") / "log") as server:
+    with serving(tmp_path_factory.mktemp("serve") / "log", *EXACT) as server:
         yield server
 
 
@@ -63,7 +63,7 @@ def test_chat_completions_are_the_same_streamed_whole_and_as_a_prompt(server):
 
 def test_a_client_that_hangs_up_disturbs_nobody(server, alone):
     stream = server.client.completions.create(
-        model="target",
+        model=server.model,
         prompt=PROMPTS[0],
         temperature=0,
         max_tokens=400,

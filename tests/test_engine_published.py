@@ -1,0 +1,112 @@
+"""Two published models, each as the draft of the other, started as the README says: compiled, in bfloat16."""
+
+from __future__ import annotations
+
+import engine
+import pytest
+from conftest import published
+from engine_prompts import long_ids
+from near_ties import gaps
+from server import serving
+
+pytestmark = pytest.mark.engine
+
+TOKENS, PROPOSALS, SEEDS = 24, 6, 6
+# The largest logits of these models are between 16 and 64, where neighbours in bfloat16 differ by up to 0.25; each of
+# two may be rounded otherwise in a pass over several positions.
+NEAR_TIE = 0.5
+PROMPTS = [
+    "The capital of France is",
+    "The three most important inventions of the nineteenth century were",
+    "Q: A train travels 60 miles in 2 hours. How fast is it?\nA:",
+    'def fibonacci(n):\n    """Return the n-th Fibonacci number."""\n',
+    "import numpy as np\n\n\nclass Matrix:\n    def __init__(self, rows",
+    "SELECT name, COUNT(*) FROM orders",
+    "<!DOCTYPE html>\n<html>\n<head>\n  <title>",
+    "Die Hauptstadt von Deutschland ist",
+    "La capitale de la France est",
+    "La capital de España es",
+    "Столица России — это",
+    "中国的首都是",
+    "日本の首都は",
+    "대한민국의 수도는",
+    "भारत की राजधानी",
+    "عاصمة مصر هي",
+    "เมืองหลวงของประเทศไทยคือ",
+    "Η πρωτεύουσα της Ελλάδας είναι",
+]
+CHATS = ["What is the capital of France?", "Write a haiku about the sea.", "Explain recursion to a child."]
+
+
+def write(target: str, draft: str) -> dict:
+    """In a fresh process: greedy, sampled and seeded requests of a plain engine and of ours."""
+    plain = engine.start(target)
+    ours = engine.start(target, speculative_config=_speculation(draft))
+    tokenizer = plain.get_tokenizer()
+    prompts: list = list(PROMPTS)
+    if getattr(tokenizer, "chat_template", None):
+        prompts += [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            )
+            for text in CHATS
+        ]
+    prompts.append(long_ids(tokenizer, 700))  # Beyond the sliding window of Gemma, 512.
+    seeded = [engine.greedy(TOKENS, temperature=0.8, seed=seed) for seed in range(SEEDS)]
+
+    def repeated(llm) -> int:
+        """How many seeded requests write the same together as alone."""
+        together = engine.generate(llm, prompts[:SEEDS], seeded)
+        alone = [engine.generate(llm, [prompts[seed]], seeded[seed])[0] for seed in range(SEEDS)]
+        return sum(left == right for left, right in zip(together, alone, strict=True))
+
+    return {
+        "gaps": gaps(plain, ours, prompts, TOKENS),
+        "sampled": [
+            len(ids) for ids in engine.generate(ours, prompts, engine.greedy(TOKENS, temperature=0.8, top_p=0.95))
+        ],
+        "repeated": {"plain": repeated(plain), "ours": repeated(ours)},
+        "num prompts": len(prompts),
+        "counters": engine.counters(ours),
+    }
+
+
+def _speculation(draft: str, **settings) -> dict:
+    return {"method": "tokentiming", "model": draft, "num_speculative_tokens": PROPOSALS, **settings}
+
+
+@pytest.fixture(scope="module", params=[("gemma3", "smollm2"), ("smollm2", "gemma3")], ids=" <- ".join)
+def pair(request):
+    return [str(folder) for folder in published(*request.param)]
+
+
+@pytest.fixture(scope="module")
+def written(pair):
+    return engine.in_fresh_process(write, target=pair[0], draft=pair[1])
+
+
+def test_greedy_text_differs_from_plain_decodings_only_at_near_ties(written):
+    assert max(written["gaps"], default=0) < NEAR_TIE
+    assert len(written["gaps"]) < written["num prompts"] / 3
+
+
+def test_sampled_requests_are_answered_whole(written):
+    assert written["sampled"] == [TOKENS] * written["num prompts"]
+
+
+def test_seeded_requests_reproduce_themselves_as_often_as_in_plain_decoding(written):
+    assert written["repeated"]["ours"] >= written["repeated"]["plain"] - 1
+
+
+def test_proposals_are_accepted_and_nothing_fails(written):
+    assert 0 < written["counters"]["accepted"] < written["counters"]["proposed"]
+    assert written["counters"]["faults"] == 0
+
+
+def test_a_server_answers_and_counts(pair, tmp_path):
+    with serving(tmp_path / "log", target=pair[0], speculation=_speculation(pair[1])) as server:
+        assert server.complete("The capital of France is")
+        assert server.complete("Once upon a time", temperature=0.8, extra_body={"min_tokens": 8}, stream=True)
+        assert server.metric("vllm:spec_decode_num_accepted_tokens_total") > 0
+        assert server.metric("vllm:tokentiming_draft_passes_total") > 0
+        assert server.metric("vllm:tokentiming_faults_total") == 0
