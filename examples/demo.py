@@ -359,7 +359,7 @@ def report(prompts: list[Prompt], method: str, target: Path, speculative: Run, p
     print(f"\n{about(target)} Greedy text of so small a target falls\ninto loops, which every method guesses easily.")
     if plain.gaps:
         print(
-            f"\n{len(plain.gaps)} outputs differ from plain decoding's, all at two tokens whose log-probabilities are at\n"
+            f"\n{len(plain.gaps)} outputs differ from plain decoding's, at two tokens whose log-probabilities are at\n"
             f"most {max(plain.gaps):.3f} apart; up to {NEAR_TIE} is rounding. --dtype float32 has none of that."
         )
     return {

@@ -97,6 +97,12 @@ def _refused(front_end, speculative_config: dict, *parts: str, **arguments) -> N
         assert part in message
 
 
+def settings_of(config) -> dict:
+    from vllm_tokentiming.integration import settings_of
+
+    return dict(settings_of(config))
+
+
 def _copy(source: str, folder: Path, *names: str) -> str:
     folder.mkdir()
     for name in names:
@@ -108,10 +114,32 @@ def test_both_ways_to_ask_are_read_to_the_same_configuration(front_end):
     settings = {"model": engine.DRAFT, "dtw_window": 4}
     method = front_end({"method": "tokentiming", "num_speculative_tokens": 5, **settings})
     custom = front_end(dict(CUSTOM), additional_config={"tokentiming": settings})
-    assert method.additional_config == custom.additional_config == {"tokentiming": settings}
+    assert settings_of(method) == settings_of(custom) == settings
     for config in (method, custom):
         assert config.speculative_config.method == "custom_class"
         assert config.speculative_config.num_speculative_tokens == 5
+
+
+def test_settings_change_nothing_that_vllm_compiles_anew_for(front_end):
+    from vllm_tokentiming.config import TokenTimingConfig
+    from vllm_tokentiming.draft.vllm_config import draft_vllm_config
+
+    settings = {"kv_memory_gib": 0.5, "dtw_window": 4, "seed": 7, "strategy": "slem", "adaptive_length": True}
+    configs = [front_end(engine.speculation(**given)) for given in ({}, settings)]
+    assert len({config.compute_hash() for config in configs}) == 1
+    drafts = [draft_vllm_config(config, TokenTimingConfig.parse(settings_of(config))) for config in configs]
+    assert len({draft.compute_hash() for draft in drafts}) == 1
+    # What a user gives there for others is left as it is, and is none of the draft's business.
+    other = front_end(engine.speculation(), additional_config={"other": 1})
+    assert other.additional_config == {"other": 1}
+    assert draft_vllm_config(other, TokenTimingConfig.parse(settings_of(other))).additional_config == {}
+
+
+def test_the_same_arguments_can_be_read_twice(front_end):
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = EngineArgs(engine.TARGET, speculative_config=engine.speculation(seed=3))
+    assert [settings_of(arguments.create_engine_config())["seed"] for _ in range(2)] == [3, 3]
 
 
 def test_other_methods_are_left_alone(front_end):
@@ -176,7 +204,7 @@ def test_a_draft_model_without_a_tokenizer_is_refused(front_end, tmp_path):
 def test_a_draft_model_with_a_tokenizer_elsewhere_is_accepted(front_end, tmp_path):
     folder = _copy(engine.DRAFT, tmp_path / "draft", "config.json", "model.safetensors")
     config = front_end(engine.speculation(model=folder, tokenizer=engine.DRAFT))
-    assert config.additional_config["tokentiming"]["tokenizer"] == engine.DRAFT
+    assert settings_of(config)["tokenizer"] == engine.DRAFT
 
 
 def test_a_tokenizer_of_another_model_is_refused(front_end):

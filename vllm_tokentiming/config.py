@@ -1,8 +1,8 @@
 """The settings of TokenTiming: read, checked, and refused with one sentence that says what to change.
 
 They arrive either beside vLLM's own keys in ``--speculative-config`` (method ``tokentiming``), or, with vLLM's
-``custom_class`` method, in ``--additional-config '{"tokentiming": {...}}'``. Either way they travel to the workers in
-``VllmConfig.additional_config["tokentiming"]``, as plain JSON.
+``custom_class`` method, in ``--additional-config '{"tokentiming": {...}}'``. Either way they travel to the workers as
+plain JSON, in the attribute ``ATTRIBUTE`` of ``VllmConfig.speculative_config``, which changes no hash of vLLM's.
 
 Imports neither torch nor vLLM.
 """
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 METHOD = "tokentiming"
 PROPOSER = "vllm_tokentiming.TokenTimingProposer"
+ATTRIBUTE = "tokentiming_settings"
 
 # Keys of vLLM's own speculative configuration that mean the same here.
 _VLLM_KEYS = frozenset({"num_speculative_tokens", "rejection_sample_method"})

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from vllm.config import VllmConfig
 
 from vllm_tokentiming import compat
-from vllm_tokentiming.config import METHOD, SettingsError
+from vllm_tokentiming.config import ATTRIBUTE, METHOD, SettingsError
 from vllm_tokentiming.draft.sampling import DraftSampling, seed_of
 from vllm_tokentiming.drafting import Committed
 from vllm_tokentiming.metrics import Recorder
@@ -36,8 +36,9 @@ def settings_of(vllm_config: VllmConfig) -> Mapping[str, Any]:
     Raises:
         SettingsError: There are none.
     """
-    additional = vllm_config.additional_config
-    settings = additional.get(METHOD) if isinstance(additional, Mapping) else None
+    settings = getattr(vllm_config.speculative_config, ATTRIBUTE, None)
+    if settings is None and isinstance(vllm_config.additional_config, Mapping):  # Where our plugin is switched off.
+        settings = vllm_config.additional_config.get(METHOD)
     if not isinstance(settings, Mapping):
         raise SettingsError(
             'tokentiming has no settings: add --additional-config \'{"tokentiming": {"model": "<draft model>"}}\', or '

@@ -10,6 +10,7 @@ import functools
 from typing import Any
 
 from vllm_tokentiming.config import (
+    ATTRIBUTE,
     INEXACT,
     METHOD,
     PROPOSER,
@@ -58,14 +59,19 @@ def register() -> None:
                     'tokentiming: give the settings either in --speculative-config (method "tokentiming") or in '
                     f'--additional-config (method "custom_class", model "{PROPOSER}"), not in both.'
                 )
-            self.additional_config = {**self.additional_config, METHOD: settings}
         else:
-            vllm_part, settings = given, self.additional_config.get(METHOD, {})
+            vllm_part = given
+            settings = self.additional_config.get(METHOD, getattr(self, ATTRIBUTE, {}))
         verification = vllm_part.get("rejection_sample_method", "standard")
         _refuse_early(settings, verification, target_model_config, target_parallel_config)
         show_in_front_end(target_parallel_config.data_parallel_size)
         self.speculative_config = vllm_part
-        return original(self, target_model_config, target_parallel_config)
+        created = original(self, target_model_config, target_parallel_config)
+        # vLLM compiles anew whenever anything in `additional_config` changes, and our settings change no graph.
+        self.additional_config = {key: value for key, value in self.additional_config.items() if key != METHOD}
+        setattr(created, ATTRIBUTE, settings)
+        setattr(self, ATTRIBUTE, settings)  # vLLM may ask for the configuration of the same arguments again.
+        return created
 
     create_speculative_config._tokentiming = True  # type: ignore[attr-defined]
     EngineArgs.create_speculative_config = create_speculative_config

@@ -44,7 +44,7 @@ class TokenTimingProposer:
         """Read the settings and hook into the model runner.
 
         Args:
-            vllm_config: The worker's configuration; our settings are ``additional_config["tokentiming"]``.
+            vllm_config: The worker's configuration, with our settings (``config.py``).
 
         Raises:
             SettingsError: A setting cannot work.

@@ -85,6 +85,7 @@ def draft_vllm_config(vllm_config: VllmConfig, settings: TokenTimingConfig) -> V
         cache_config=cache_config,
         scheduler_config=scheduler_config,
         compilation_config=compilation_config,
+        additional_config={},  # The target's, which vLLM hashes; a change there compiles no draft anew.
         speculative_config=None,
         lora_config=None,
         kv_transfer_config=None,
