@@ -5,19 +5,19 @@ in one sentence if one is missing. The tests run on vLLM 0.32.0 (CPU), and on th
 parts (``scripts/overlay_vllm.py``).
 
 **Repairs.** Each function below repairs one fault of vLLM's. It can be called any number of times, names the versions
-that have the fault, and says when it can go; ``tests/test_compat.py`` has, for each, a test that fails as soon as
-vLLM no longer needs it.
+that have the fault, and says when it can go (``patches.py``); ``tests/test_compat.py`` has, for each, a test that fails
+as soon as vLLM no longer needs it.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import inspect
 from types import ModuleType
 from typing import Any
 
+from vllm_tokentiming import patches
 from vllm_tokentiming.config import SettingsError
 
 TESTED_VERSIONS = ("0.32.0", "0.33.0")
@@ -129,22 +129,20 @@ def carry_cache_salts() -> None:
 
     Users give a salt so that others cannot find out, by timing, what they have sent; so only requests with the same
     one may share what the draft has read. vLLM itself needs it in the scheduler only (``NewRequestData`` in
-    ``vllm/v1/core/sched/output.py`` lacks it in 0.32.0). Can go when ``NewRequestData`` has it.
+    ``vllm/v1/core/sched/output.py`` lacks it). A request whose salt could not be read shares nothing.
     """
     from vllm.v1.core.sched.output import NewRequestData
 
-    original = NewRequestData.__dict__["from_request"].__func__
-    if getattr(original, "_tokentiming", False):
-        return
+    patches.install(
+        NewRequestData, "from_request", _from_request,
+        since="0.32.0, 0.33.0", until="NewRequestData has the salt",
+    )  # fmt: skip
 
-    @functools.wraps(original)
-    def from_request(cls: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        data = original(cls, request, *args, **kwargs)
-        data.cache_salt = request.cache_salt
-        return data
 
-    from_request._tokentiming = True  # type: ignore[attr-defined]
-    NewRequestData.from_request = classmethod(from_request)
+def _from_request(original: Any, cls: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    data = original(cls, request, *args, **kwargs)
+    data.cache_salt = request.cache_salt
+    return data
 
 
 def cache_salts(scheduler_output: Any) -> dict[str, str]:
@@ -165,23 +163,32 @@ def repair_cpu_rejection_sampler() -> None:
 
     ``vllm/utils/cpu_triton_utils.py::_expand_kernel_impl`` has its kernel write into an int64 *copy* of the output, so
     that the expanded parameters are uninitialised memory: nothing that is sampled with drafts follows the target's
-    distribution. Seen in 0.32.0; the code is the same in 0.33.0. Can go when that function writes to its output.
+    distribution. So after a fault of ours vLLM's own function is of no use; the same is done in plain Python then.
     """
     from vllm.v1.sample import rejection_sampler
 
-    if getattr(rejection_sampler.expand_batch_to_tokens, "_tokentiming", False):
-        return
+    patches.install(
+        rejection_sampler, "expand_batch_to_tokens", _expand_batch_to_tokens, instead=_expand_in_python,
+        since="0.32.0, 0.33.0", until="_expand_kernel_impl writes to its output",
+    )  # fmt: skip
 
-    def expand_batch_to_tokens(
-        x: Any, cu_num_tokens: Any, num_tokens: int, replace_from: int = 0, replace_to: int = 0
-    ) -> Any:
-        if replace_from != replace_to:
-            x = x.masked_fill(x == replace_from, replace_to)
-        counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
-        return x.repeat_interleave(counts.long(), output_size=num_tokens)
 
-    expand_batch_to_tokens._tokentiming = True  # type: ignore[attr-defined]
-    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+def _expand_batch_to_tokens(
+    _original: Any, x: Any, cu_num_tokens: Any, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+) -> Any:
+    if replace_from != replace_to:
+        x = x.masked_fill(x == replace_from, replace_to)
+    counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+    return x.repeat_interleave(counts.long(), output_size=num_tokens)
+
+
+def _expand_in_python(
+    _original: Any, _fault: Exception, x: Any, cu_num_tokens: Any, _: int, replace_from: int = 0, replace_to: int = 0
+) -> Any:
+    ends = cu_num_tokens.tolist()
+    values = [replace_to if value == replace_from else value for value in x.tolist()]
+    counts = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    return x.new_tensor([value for value, count in zip(values, counts, strict=True) for _ in range(count)])
 
 
 def without_padding(logits: Any, metadata: Any, num_proposed: list[int]) -> tuple[Any, Any]:
@@ -235,16 +242,15 @@ def repair_top_k_without_drafts() -> None:
     """Let a batch with top-k pass the rejection sampler in a step that has no draft token at all.
 
     ``vllm/v1/sample/ops/topk_topp_sampler.py::apply_top_k_only`` takes the maximum of an empty tensor then, and the
-    engine dies. Seen in 0.32.0; the code is the same in 0.33.0. Can go when that function takes empty logits.
+    engine dies. Our own engines never come there (``integration._sample``); others in the process do.
     """
     from vllm.v1.sample.ops import topk_topp_sampler
 
-    original = topk_topp_sampler.apply_top_k_only
-    if getattr(original, "_tokentiming", False):
-        return
+    patches.install(
+        topk_topp_sampler, "apply_top_k_only", _apply_top_k_only,
+        since="0.32.0, 0.33.0", until="apply_top_k_only takes empty logits",
+    )  # fmt: skip
 
-    def apply_top_k_only(logits: Any, k: Any) -> Any:
-        return original(logits, k) if len(logits) else logits
 
-    apply_top_k_only._tokentiming = True  # type: ignore[attr-defined]
-    topk_topp_sampler.apply_top_k_only = apply_top_k_only
+def _apply_top_k_only(original: Any, logits: Any, k: Any) -> Any:
+    return original(logits, k) if len(logits) else logits

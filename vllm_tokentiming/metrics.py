@@ -10,16 +10,20 @@ Knows ``prometheus_client``, which vLLM requires, and no vLLM.
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from prometheus_client import REGISTRY
+from prometheus_client.metrics_core import Metric
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector
+
+logger = logging.getLogger(f"vllm.{__name__}")
 
 FOLDER = "VLLM_TOKENTIMING_METRICS_DIR"
 
@@ -64,15 +68,27 @@ class PhaseClock:
 
 
 class _Folder:
-    """Of this front end's newest engine."""
+    """Of this front end's newest engine; a collector of its numbers for vLLM's page of metrics."""
 
     def __init__(self) -> None:
         self._made = tempfile.TemporaryDirectory(prefix="vllm-tokentiming-")
         self.path = self._made.name
-        self._collector = MultiProcessCollector(REGISTRY, self.path)
+        self._collector = MultiProcessCollector(None, self.path)
+        self._failed = False
+        REGISTRY.register(self)
+
+    def collect(self) -> Iterable[Metric]:
+        """Our metrics; none if they cannot be read: vLLM's own stand on the same page."""
+        try:
+            return list(self._collector.collect())
+        except Exception:
+            if not self._failed:
+                self._failed = True
+                logger.exception("TokenTiming cannot read its metrics, so they are left out.")
+            return []
 
     def close(self) -> None:
-        REGISTRY.unregister(self._collector)
+        REGISTRY.unregister(self)
         self._made.cleanup()
 
 
@@ -80,15 +96,23 @@ _folder: _Folder | None = None
 
 
 def show_in_front_end() -> None:
-    """Have the page of metrics show what the workers of the next engine will count, instead of the last one's."""
+    """Have the page of metrics show what the workers of the next engine will count, instead of the last one's.
+
+    Where that cannot be done, nothing is counted.
+    """
     global _folder
-    if _folder is not None:
-        _folder.close()
-        _folder = None
-    shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")  # Several front ends; each shows all that is in there.
-    if shared is None:
-        _folder = _Folder()
-    os.environ[FOLDER] = shared or _folder.path  # type: ignore[union-attr]
+    os.environ.pop(FOLDER, None)
+    try:
+        if _folder is not None:
+            _folder.close()
+            _folder = None
+        shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")  # Several front ends; each shows all that is in there.
+        if shared is None:
+            _folder = _Folder()
+            shared = _folder.path
+        os.environ[FOLDER] = shared
+    except Exception:
+        logger.exception("TokenTiming cannot count what it does.")
 
 
 class Recorder:
