@@ -12,11 +12,11 @@ from typing import Any
 
 from vllm_tokentiming import patches
 from vllm_tokentiming.config import (
-    INEXACT,
     METHOD,
     PROPOSER,
     SettingsError,
     TokenTimingConfig,
+    check_verification,
     split_speculative_config,
 )
 from vllm_tokentiming.metrics import show_in_front_end
@@ -107,11 +107,7 @@ def _refuse_early(
         SettingsError: Something would.
     """
     parsed = TokenTimingConfig.parse(settings)
-    if verification in INEXACT and not parsed.allow_inexact:
-        raise SettingsError(
-            f'tokentiming: what the "rejection_sample_method" {verification!r} accepts need not be the target\'s; '
-            'leave it out, or set "allow_inexact" to true if you want to compare the two.'
-        )
+    check_verification(verification, parsed)
     try:
         import vllm_tokentiming.alignment  # noqa: F401
     except ImportError as error:

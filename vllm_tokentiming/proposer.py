@@ -19,7 +19,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from vllm_tokentiming import compat, integration, patches
-from vllm_tokentiming.config import TokenTimingConfig
+from vllm_tokentiming.config import TokenTimingConfig, check_verification
 from vllm_tokentiming.draft_length import AdaptiveLength, FixedLength
 from vllm_tokentiming.drafting import Proposals
 from vllm_tokentiming.prior import AlignmentPrior
@@ -50,6 +50,8 @@ class TokenTimingProposer:
         """
         self._vllm_config = vllm_config
         self._settings = TokenTimingConfig.parse(integration.settings_of(vllm_config))
+        # Without our entry point, nothing has been looked at in the front end.
+        check_verification(vllm_config.speculative_config.rejection_sample_method, self._settings)
         self.seed = self._settings.seed
         self.num_speculative_tokens: int = vllm_config.speculative_config.num_speculative_tokens
         # Set by the integration before each call of `propose`.

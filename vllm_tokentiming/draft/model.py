@@ -110,7 +110,8 @@ class DraftModel:
     def _warm_up(self) -> None:
         """Run one token, so that whatever is compiled is compiled when the engine starts."""
         row = self.pool.open_row()
-        assert row is not None
+        if row is None:
+            raise RuntimeError("the draft's KV cache has no room for a single sequence")
         self.pool.grow(row, 1)
         self.forward([Span(row, 0, [0])])
         self.pool.close_row(row)
