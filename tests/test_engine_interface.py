@@ -272,10 +272,10 @@ def test_pipeline_parallelism_is_refused(front_end):
 
 
 def test_a_vllm_that_lacks_something_is_refused(front_end, monkeypatch):
-    from vllm_tokentiming import compat
+    from vllm_tokentiming import requirements
 
-    wanted = (("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.no_such_method", ()),)
-    monkeypatch.setattr(compat, "_REQUIRED", wanted)
+    wanted = (requirements.Need("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.no_such_method"),)
+    monkeypatch.setattr(requirements, "REQUIRED", wanted)
     _refused(front_end, engine.speculation(), "GPUModelRunner.no_such_method", "install vLLM")
 
 

@@ -1,127 +1,24 @@
 """Every difference between what we need of vLLM and what it is, in one place.
 
-**Requirements.** ``check_vllm`` looks, when an engine starts, for each thing of vLLM's that we rely on, and refuses
-in one sentence if one is missing. The tests run on vLLM 0.32.0 (CPU), and on the code of 0.33.0 over its compiled
-parts (``scripts/overlay_vllm.py``).
-
-**Repairs.** Each function below repairs one fault of vLLM's. It can be called any number of times, names the versions
-that have the fault, and says when it can go (``patches.py``); ``tests/test_compat.py`` has, for each, a test that fails
-as soon as vLLM no longer needs it.
+Each function below repairs one fault of vLLM's. It can be called any number of times, names the versions that have the
+fault, and says when it can go (``patches.py``); ``tests/test_compat.py`` has, for each, a test that fails as soon as
+vLLM no longer needs it. What vLLM must have at least stands in ``requirements.py``. The tests run on vLLM 0.32.0 (CPU),
+and on the code of 0.33.0 over its compiled parts (``scripts/overlay_vllm.py``).
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import inspect
 from types import ModuleType
 from typing import Any
 
 from vllm_tokentiming import patches
-from vllm_tokentiming.config import SettingsError
-
-TESTED_VERSIONS = ("0.32.0", "0.33.0")
-
-# Where vLLM plans its KV caches: 0.33 has it in a file of its own.
-_KV_CACHE_PLANNING = "vllm.v1.core.kv_cache_planning"
-if importlib.util.find_spec(_KV_CACHE_PLANNING) is None:
-    _KV_CACHE_PLANNING = "vllm.v1.core.kv_cache_utils"
-
-# What we call or wrap, and the parameters that we pass by name or position.
-_REQUIRED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    (
-        "vllm.engine.arg_utils",
-        "EngineArgs.create_speculative_config",
-        ("target_model_config", "target_parallel_config"),
-    ),
-    (
-        "vllm.v1.worker.gpu_model_runner",
-        "GPUModelRunner.propose_draft_token_ids",
-        ("scheduler_output", "sampled_token_ids", "sampling_metadata"),
-    ),
-    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._input_fits_in_drafter", ("common_attn_metadata",)),
-    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._sample", ("logits", "spec_decode_metadata")),
-    ("vllm.v1.spec_decode.custom_class_proposer", "create_custom_proposer", ("vllm_config",)),
-    (
-        "vllm.v1.sample.rejection_sampler",
-        "rejection_sample",
-        ("draft_token_ids", "draft_probs", "target_logits"),
-    ),
-    ("vllm.v1.core.sched.output", "NewRequestData.from_request", ("request",)),
-    ("vllm.forward_context", "set_forward_context", ("attn_metadata", "vllm_config", "num_tokens", "slot_mapping")),
-    ("vllm.model_executor.model_loader", "get_model", ("vllm_config", "prefix")),
-    ("vllm.platforms.interface", "Platform.update_block_size_for_backend", ("vllm_config",)),
-    (_KV_CACHE_PLANNING, "get_kv_cache_groups", ("vllm_config", "kv_cache_spec")),
-    (
-        _KV_CACHE_PLANNING,
-        "get_kv_cache_config_from_groups",
-        ("vllm_config", "kv_cache_groups", "available_memory"),
-    ),
-    ("vllm.v1.attention.backends.utils", "get_supported_kv_cache_layouts", ("backends",)),
-    (
-        "vllm.v1.attention.backends.utils",
-        "resolve_kv_cache_layout",
-        ("vllm_config", "supported_layouts", "kv_cache_specs"),
-    ),
-    ("vllm.v1.worker.gpu.attn_utils", "get_kv_cache_spec", ("vllm_config",)),
-    ("vllm.v1.worker.gpu.attn_utils", "init_attn_backend", ("kv_cache_config", "vllm_config", "device")),
-    (
-        "vllm.v1.worker.gpu.attn_utils",
-        "init_kv_cache",
-        ("forward_context", "kv_cache_config", "device", "kernel_block_sizes", "vllm_config"),
-    ),
-    (
-        "vllm.v1.worker.gpu.attn_utils",
-        "build_attn_metadata",
-        (
-            "attn_groups", "num_reqs", "num_tokens", "query_start_loc_gpu", "query_start_loc_cpu", "max_query_len",
-            "seq_lens", "seq_lens_cpu_upper_bound", "max_seq_len", "block_tables", "slot_mappings", "kv_cache_config",
-        ),
-    ),
-    ("vllm.v1.worker.gpu.attn_utils", "build_slot_mappings_by_layer", ("slot_mappings", "kv_cache_config")),
-    (
-        "vllm.v1.worker.utils",
-        "copy_kv_cache_blocks_inplace",
-        ("kv_caches", "num_blocks", "kv_cache_block_copies"),
-    ),
-)  # fmt: skip
-
-
-def missing_from_vllm() -> list[str]:
-    """What we rely on and this vLLM does not have, as ``module.name`` or ``module.name(parameter)``."""
-    missing = []
-    for module_name, path, parameters in _REQUIRED:
-        try:
-            found: Any = importlib.import_module(module_name)
-            for part in path.split("."):
-                found = getattr(found, part)
-        except (ImportError, AttributeError):
-            missing.append(f"{module_name}.{path}")
-            continue
-        have = inspect.signature(found).parameters
-        missing += [f"{module_name}.{path}({name})" for name in parameters if name not in have]
-    return missing
+from vllm_tokentiming.requirements import FOR_Q, KV_CACHE_PLANNING, missing
 
 
 def kv_cache_planning() -> ModuleType:
     """vLLM's module that plans KV caches."""
-    return importlib.import_module(_KV_CACHE_PLANNING)
-
-
-def check_vllm() -> None:
-    """Refuse a vLLM that lacks something we rely on.
-
-    Raises:
-        SettingsError: It does.
-    """
-    if missing := missing_from_vllm():
-        import vllm
-
-        raise SettingsError(
-            f"tokentiming cannot work with vLLM {vllm.__version__}, which lacks {missing[0]}"
-            + (f" and {len(missing) - 1} more" if missing[1:] else "")
-            + f"; install vLLM {TESTED_VERSIONS[-1]} or a newer vllm-tokentiming."
-        )
+    return importlib.import_module(KV_CACHE_PLANNING)
 
 
 def carry_cache_salts() -> None:
@@ -153,9 +50,7 @@ def cache_salts(scheduler_output: Any) -> dict[str, str]:
 
 def verifier_takes_q() -> bool:
     """Whether the model runner hands ``_draft_probs`` to the rejection sampler, whoever set them."""
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    return hasattr(GPUModelRunner, "_get_spec_decode_draft_probs")
+    return not missing(FOR_Q)
 
 
 def repair_cpu_rejection_sampler() -> None:

@@ -112,7 +112,7 @@ def _refuse_early(
         import vllm_tokentiming.alignment  # noqa: F401
     except ImportError as error:
         raise SettingsError(f"tokentiming: {error}") from error
-    from vllm_tokentiming.compat import check_vllm
+    from vllm_tokentiming.requirements import check_vllm
 
     check_vllm()
     patches.check()

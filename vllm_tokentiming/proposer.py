@@ -23,6 +23,7 @@ from vllm_tokentiming.config import TokenTimingConfig, check_verification
 from vllm_tokentiming.draft_length import AdaptiveLength, FixedLength
 from vllm_tokentiming.drafting import Proposals
 from vllm_tokentiming.prior import AlignmentPrior
+from vllm_tokentiming.requirements import check_vllm
 from vllm_tokentiming.vocabularies import load_pair
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class TokenTimingProposer:
         self._vllm_config = vllm_config
         self._settings = TokenTimingConfig.parse(integration.settings_of(vllm_config))
         # Without our entry point, nothing has been looked at in the front end.
+        check_vllm()
         check_verification(vllm_config.speculative_config.rejection_sample_method, self._settings)
         self.seed = self._settings.seed
         self.num_speculative_tokens: int = vllm_config.speculative_config.num_speculative_tokens
