@@ -8,7 +8,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from vllm_tokentiming.config import PROPOSER, SettingsError, TokenTimingConfig, split_speculative_config
+from vllm_tokentiming.config import (
+    PROPOSER,
+    SettingsError,
+    TokenTimingConfig,
+    check_verification,
+    split_speculative_config,
+)
 
 
 def refusal(settings_: dict) -> str:
@@ -197,6 +203,29 @@ def test_a_setting_that_nobody_knows_is_left_to_us_to_refuse():
 def test_the_rejection_method_is_vllms():
     vllm_part, ours = split_speculative_config({"num_speculative_tokens": 1, "rejection_sample_method": "standard"})
     assert vllm_part["rejection_sample_method"] == "standard" and ours == {}
+
+
+@pytest.mark.parametrize(
+    ("method", "allow_inexact", "part"),
+    [
+        ("synthetic", False, '"allow_inexact"'),
+        ("fly", False, '"allow_inexact"'),
+        ("block", False, "would verify token by token instead"),
+        ("block", True, "would verify token by token instead"),
+        ("what is not known yet", True, 'set it to "standard"'),
+    ],
+)
+def test_a_way_to_verify_that_is_not_done_is_refused(method, allow_inexact, part):
+    settings = TokenTimingConfig.parse({"model": "some/draft", "allow_inexact": allow_inexact})
+    with pytest.raises(SettingsError) as caught:
+        check_verification(method, settings)
+    assert_one_sentence(str(caught.value))
+    assert repr(method) in str(caught.value) and part in str(caught.value)
+
+
+def test_a_way_to_verify_that_is_done_is_accepted():
+    check_verification("standard", TokenTimingConfig.parse({"model": "some/draft"}))
+    check_verification("fly", TokenTimingConfig.parse({"model": "some/draft", "allow_inexact": True}))
 
 
 @pytest.mark.parametrize("num", [{}, *({"num_speculative_tokens": bad} for bad in (None, 0, -2, "5", 2.0, True))])

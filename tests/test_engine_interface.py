@@ -157,11 +157,28 @@ def test_other_methods_are_left_alone(front_end):
         ({"max_draft_tokens": "many"}, ("max_draft_tokens is 'many'", "integer")),
         ({"num_speculative_tokens": 0}, ('"num_speculative_tokens"', "4 to 8")),
         ({"rejection_sample_method": "synthetic"}, ("'synthetic'", "leave it out", '"allow_inexact"')),
+        ({"rejection_sample_method": "block"}, ("'block'", "would verify token by token instead", "leave it out")),
         ({"special_tokens": {"<no>": None}}, ("special_tokens", "'<no>' is not a special token of the")),
     ],
 )  # fmt: skip
 def test_a_setting_that_cannot_work_is_refused(front_end, settings, parts):
     _refused(front_end, engine.speculation(**settings), *parts)
+
+
+def test_a_way_to_verify_that_is_not_done_is_refused_in_the_other_form_as_well(front_end):
+    given = CUSTOM | {"rejection_sample_method": "block"}
+    settings = {"tokentiming": {"model": engine.DRAFT}}
+    _refused(front_end, given, "'block'", "would verify token by token instead", additional_config=settings)
+
+
+def test_a_worker_without_our_entry_point_refuses_what_the_front_end_would_have(front_end):
+    from vllm_tokentiming import TokenTimingProposer
+    from vllm_tokentiming.config import SettingsError
+
+    config = front_end(dict(CUSTOM), additional_config={"tokentiming": {"model": engine.DRAFT}})
+    config.speculative_config.rejection_sample_method = "block"
+    with pytest.raises(SettingsError, match="'block': vLLM's model runner"):
+        TokenTimingProposer(config)
 
 
 def test_settings_without_a_draft_model_are_refused(front_end):
@@ -227,6 +244,15 @@ def test_a_tokenizer_that_fails_on_some_text_is_refused(front_end, tmp_path):
     _refused(front_end, settings, "cannot use the draft's tokenizer", "needs an unknown token")
 
 
+def test_a_draft_with_more_ids_than_can_be_told_apart_is_refused(front_end, tmp_path):
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json")
+    folder = _copy(engine.DRAFT, tmp_path / "draft", *names)
+    described = json.loads(Path(folder, "config.json").read_text())
+    Path(folder, "config.json").write_text(json.dumps(described | {"vocab_size": 2**24 + 1}))
+    parts = (f"cannot draft with {folder!r}", "its vocabulary has 16777217 ids", "choose a draft model with a smaller")
+    _refused(front_end, engine.speculation(model=folder), *parts)
+
+
 def test_an_encoder_is_refused_as_a_draft(front_end, tmp_path):
     from transformers import BertConfig
 
@@ -274,10 +300,10 @@ def test_pipeline_parallelism_is_refused(front_end):
 
 
 def test_a_vllm_that_lacks_something_is_refused(front_end, monkeypatch):
-    from vllm_tokentiming import compat
+    from vllm_tokentiming import requirements
 
-    wanted = (("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.no_such_method", ()),)
-    monkeypatch.setattr(compat, "_REQUIRED", wanted)
+    wanted = (requirements.Need("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.no_such_method"),)
+    monkeypatch.setattr(requirements, "REQUIRED", wanted)
     _refused(front_end, engine.speculation(), "GPUModelRunner.no_such_method", "install vLLM")
 
 

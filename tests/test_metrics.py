@@ -1,15 +1,17 @@
-"""Metrics go from a worker's process to the front end's, and leave nothing behind however the processes end."""
+"""Metrics go from a worker's process to the front end's, leave nothing behind, and cost nothing else if they fail."""
 
 from __future__ import annotations
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
 
+import engine
 import pytest
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, generate_latest
 
 from vllm_tokentiming import metrics
 
@@ -35,9 +37,10 @@ def front_end(monkeypatch):
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     metrics.show_in_front_end(2)
     yield
-    metrics._files.close()
+    if metrics._files is not None:
+        metrics._files.close()
     metrics._files = None
-    monkeypatch.delenv(metrics.FILES)
+    monkeypatch.delenv(metrics.FILES, raising=False)
 
 
 def work(engine: int) -> str:
@@ -79,3 +82,28 @@ def test_processes_that_are_killed_leave_nothing_in_the_temporary_folder(tmp_pat
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_page_whose_part_of_ours_cannot_be_read_has_the_rest(front_end):
+    with open(metrics._files.names[0], "r+b") as file:
+        file.write(struct.pack("<iii", 64, 0, 20) + b"x" * 52)  # No JSON.
+    with engine.logged("vllm_tokentiming.metrics") as messages:
+        pages = [generate_latest(REGISTRY) for _ in range(2)]
+    assert all(b"python_info" in page and b"tokentiming" not in page for page in pages)
+    assert messages == ["TokenTiming cannot read its metrics, so they are left out."]
+
+
+def test_where_no_file_can_be_made_nothing_is_counted(front_end, monkeypatch):
+    monkeypatch.delattr(os, "memfd_create")
+    with engine.logged("vllm_tokentiming.metrics") as messages:
+        metrics.show_in_front_end()
+    assert messages == ["TokenTiming cannot count what it does."]
+    assert work(0) == "False"
+
+
+def test_the_next_engine_takes_the_place_of_the_last_one(front_end):
+    work(0)
+    metrics.show_in_front_end()
+    assert shown("draft_passes_total", 0) is None
+    work(0)
+    assert shown("draft_passes_total", 0) == 3

@@ -1,127 +1,24 @@
 """Every difference between what we need of vLLM and what it is, in one place.
 
-**Requirements.** ``check_vllm`` looks, when an engine starts, for each thing of vLLM's that we rely on, and refuses
-in one sentence if one is missing. The tests run on vLLM 0.32.0 (CPU), and on the code of 0.33.0 over its compiled
-parts (``scripts/overlay_vllm.py``).
-
-**Repairs.** Each function below repairs one fault of vLLM's. It can be called any number of times, names the versions
-that have the fault, and says when it can go; ``tests/test_compat.py`` has, for each, a test that fails as soon as
-vLLM no longer needs it.
+Each function below repairs one fault of vLLM's. It can be called any number of times, names the versions that have the
+fault, and says when it can go (``patches.py``); ``tests/test_compat.py`` has, for each, a test that fails as soon as
+vLLM no longer needs it. What vLLM must have at least stands in ``requirements.py``. The tests run on vLLM 0.32.0 (CPU),
+and on the code of 0.33.0 over its compiled parts (``scripts/overlay_vllm.py``).
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
-import importlib.util
-import inspect
 from types import ModuleType
 from typing import Any
 
-from vllm_tokentiming.config import SettingsError
-
-TESTED_VERSIONS = ("0.32.0", "0.33.0")
-
-# Where vLLM plans its KV caches: 0.33 has it in a file of its own.
-_KV_CACHE_PLANNING = "vllm.v1.core.kv_cache_planning"
-if importlib.util.find_spec(_KV_CACHE_PLANNING) is None:
-    _KV_CACHE_PLANNING = "vllm.v1.core.kv_cache_utils"
-
-# What we call or wrap, and the parameters that we pass by name or position.
-_REQUIRED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    (
-        "vllm.engine.arg_utils",
-        "EngineArgs.create_speculative_config",
-        ("target_model_config", "target_parallel_config"),
-    ),
-    (
-        "vllm.v1.worker.gpu_model_runner",
-        "GPUModelRunner.propose_draft_token_ids",
-        ("scheduler_output", "sampled_token_ids", "sampling_metadata"),
-    ),
-    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._input_fits_in_drafter", ("common_attn_metadata",)),
-    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._sample", ("logits", "spec_decode_metadata")),
-    ("vllm.v1.spec_decode.custom_class_proposer", "create_custom_proposer", ("vllm_config",)),
-    (
-        "vllm.v1.sample.rejection_sampler",
-        "rejection_sample",
-        ("draft_token_ids", "draft_probs", "target_logits"),
-    ),
-    ("vllm.v1.core.sched.output", "NewRequestData.from_request", ("request",)),
-    ("vllm.forward_context", "set_forward_context", ("attn_metadata", "vllm_config", "num_tokens", "slot_mapping")),
-    ("vllm.model_executor.model_loader", "get_model", ("vllm_config", "prefix")),
-    ("vllm.platforms.interface", "Platform.update_block_size_for_backend", ("vllm_config",)),
-    (_KV_CACHE_PLANNING, "get_kv_cache_groups", ("vllm_config", "kv_cache_spec")),
-    (
-        _KV_CACHE_PLANNING,
-        "get_kv_cache_config_from_groups",
-        ("vllm_config", "kv_cache_groups", "available_memory"),
-    ),
-    ("vllm.v1.attention.backends.utils", "get_supported_kv_cache_layouts", ("backends",)),
-    (
-        "vllm.v1.attention.backends.utils",
-        "resolve_kv_cache_layout",
-        ("vllm_config", "supported_layouts", "kv_cache_specs"),
-    ),
-    ("vllm.v1.worker.gpu.attn_utils", "get_kv_cache_spec", ("vllm_config",)),
-    ("vllm.v1.worker.gpu.attn_utils", "init_attn_backend", ("kv_cache_config", "vllm_config", "device")),
-    (
-        "vllm.v1.worker.gpu.attn_utils",
-        "init_kv_cache",
-        ("forward_context", "kv_cache_config", "device", "kernel_block_sizes", "vllm_config"),
-    ),
-    (
-        "vllm.v1.worker.gpu.attn_utils",
-        "build_attn_metadata",
-        (
-            "attn_groups", "num_reqs", "num_tokens", "query_start_loc_gpu", "query_start_loc_cpu", "max_query_len",
-            "seq_lens", "seq_lens_cpu_upper_bound", "max_seq_len", "block_tables", "slot_mappings", "kv_cache_config",
-        ),
-    ),
-    ("vllm.v1.worker.gpu.attn_utils", "build_slot_mappings_by_layer", ("slot_mappings", "kv_cache_config")),
-    (
-        "vllm.v1.worker.utils",
-        "copy_kv_cache_blocks_inplace",
-        ("kv_caches", "num_blocks", "kv_cache_block_copies"),
-    ),
-)  # fmt: skip
-
-
-def missing_from_vllm() -> list[str]:
-    """What we rely on and this vLLM does not have, as ``module.name`` or ``module.name(parameter)``."""
-    missing = []
-    for module_name, path, parameters in _REQUIRED:
-        try:
-            found: Any = importlib.import_module(module_name)
-            for part in path.split("."):
-                found = getattr(found, part)
-        except (ImportError, AttributeError):
-            missing.append(f"{module_name}.{path}")
-            continue
-        have = inspect.signature(found).parameters
-        missing += [f"{module_name}.{path}({name})" for name in parameters if name not in have]
-    return missing
+from vllm_tokentiming import patches
+from vllm_tokentiming.requirements import FOR_Q, KV_CACHE_PLANNING, missing
 
 
 def kv_cache_planning() -> ModuleType:
     """vLLM's module that plans KV caches."""
-    return importlib.import_module(_KV_CACHE_PLANNING)
-
-
-def check_vllm() -> None:
-    """Refuse a vLLM that lacks something we rely on.
-
-    Raises:
-        SettingsError: It does.
-    """
-    if missing := missing_from_vllm():
-        import vllm
-
-        raise SettingsError(
-            f"tokentiming cannot work with vLLM {vllm.__version__}, which lacks {missing[0]}"
-            + (f" and {len(missing) - 1} more" if missing[1:] else "")
-            + f"; install vLLM {TESTED_VERSIONS[-1]} or a newer vllm-tokentiming."
-        )
+    return importlib.import_module(KV_CACHE_PLANNING)
 
 
 def carry_cache_salts() -> None:
@@ -129,22 +26,20 @@ def carry_cache_salts() -> None:
 
     Users give a salt so that others cannot find out, by timing, what they have sent; so only requests with the same
     one may share what the draft has read. vLLM itself needs it in the scheduler only (``NewRequestData`` in
-    ``vllm/v1/core/sched/output.py`` lacks it in 0.32.0). Can go when ``NewRequestData`` has it.
+    ``vllm/v1/core/sched/output.py`` lacks it). A request whose salt could not be read shares nothing.
     """
     from vllm.v1.core.sched.output import NewRequestData
 
-    original = NewRequestData.__dict__["from_request"].__func__
-    if getattr(original, "_tokentiming", False):
-        return
+    patches.install(
+        NewRequestData, "from_request", _from_request,
+        since="0.32.0, 0.33.0", until="NewRequestData has the salt",
+    )  # fmt: skip
 
-    @functools.wraps(original)
-    def from_request(cls: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        data = original(cls, request, *args, **kwargs)
-        data.cache_salt = request.cache_salt
-        return data
 
-    from_request._tokentiming = True  # type: ignore[attr-defined]
-    NewRequestData.from_request = classmethod(from_request)
+def _from_request(original: Any, cls: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    data = original(cls, request, *args, **kwargs)
+    data.cache_salt = request.cache_salt
+    return data
 
 
 def cache_salts(scheduler_output: Any) -> dict[str, str]:
@@ -155,9 +50,7 @@ def cache_salts(scheduler_output: Any) -> dict[str, str]:
 
 def verifier_takes_q() -> bool:
     """Whether the model runner hands ``_draft_probs`` to the rejection sampler, whoever set them."""
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    return hasattr(GPUModelRunner, "_get_spec_decode_draft_probs")
+    return not missing(FOR_Q)
 
 
 def repair_cpu_rejection_sampler() -> None:
@@ -165,23 +58,32 @@ def repair_cpu_rejection_sampler() -> None:
 
     ``vllm/utils/cpu_triton_utils.py::_expand_kernel_impl`` has its kernel write into an int64 *copy* of the output, so
     that the expanded parameters are uninitialised memory: nothing that is sampled with drafts follows the target's
-    distribution. Seen in 0.32.0; the code is the same in 0.33.0. Can go when that function writes to its output.
+    distribution. So after a fault of ours vLLM's own function is of no use; the same is done in plain Python then.
     """
     from vllm.v1.sample import rejection_sampler
 
-    if getattr(rejection_sampler.expand_batch_to_tokens, "_tokentiming", False):
-        return
+    patches.install(
+        rejection_sampler, "expand_batch_to_tokens", _expand_batch_to_tokens, instead=_expand_in_python,
+        since="0.32.0, 0.33.0", until="_expand_kernel_impl writes to its output",
+    )  # fmt: skip
 
-    def expand_batch_to_tokens(
-        x: Any, cu_num_tokens: Any, num_tokens: int, replace_from: int = 0, replace_to: int = 0
-    ) -> Any:
-        if replace_from != replace_to:
-            x = x.masked_fill(x == replace_from, replace_to)
-        counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
-        return x.repeat_interleave(counts.long(), output_size=num_tokens)
 
-    expand_batch_to_tokens._tokentiming = True  # type: ignore[attr-defined]
-    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+def _expand_batch_to_tokens(
+    _original: Any, x: Any, cu_num_tokens: Any, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+) -> Any:
+    if replace_from != replace_to:
+        x = x.masked_fill(x == replace_from, replace_to)
+    counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+    return x.repeat_interleave(counts.long(), output_size=num_tokens)
+
+
+def _expand_in_python(
+    _original: Any, _fault: Exception, x: Any, cu_num_tokens: Any, _: int, replace_from: int = 0, replace_to: int = 0
+) -> Any:
+    ends = cu_num_tokens.tolist()
+    values = [replace_to if value == replace_from else value for value in x.tolist()]
+    counts = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    return x.new_tensor([value for value, count in zip(values, counts, strict=True) for _ in range(count)])
 
 
 def without_padding(logits: Any, metadata: Any, num_proposed: list[int]) -> tuple[Any, Any]:
@@ -235,16 +137,15 @@ def repair_top_k_without_drafts() -> None:
     """Let a batch with top-k pass the rejection sampler in a step that has no draft token at all.
 
     ``vllm/v1/sample/ops/topk_topp_sampler.py::apply_top_k_only`` takes the maximum of an empty tensor then, and the
-    engine dies. Seen in 0.32.0; the code is the same in 0.33.0. Can go when that function takes empty logits.
+    engine dies. Our own engines never come there (``integration._sample``); others in the process do.
     """
     from vllm.v1.sample.ops import topk_topp_sampler
 
-    original = topk_topp_sampler.apply_top_k_only
-    if getattr(original, "_tokentiming", False):
-        return
+    patches.install(
+        topk_topp_sampler, "apply_top_k_only", _apply_top_k_only,
+        since="0.32.0, 0.33.0", until="apply_top_k_only takes empty logits",
+    )  # fmt: skip
 
-    def apply_top_k_only(logits: Any, k: Any) -> Any:
-        return original(logits, k) if len(logits) else logits
 
-    apply_top_k_only._tokentiming = True  # type: ignore[attr-defined]
-    topk_topp_sampler.apply_top_k_only = apply_top_k_only
+def _apply_top_k_only(original: Any, logits: Any, k: Any) -> Any:
+    return original(logits, k) if len(logits) else logits

@@ -22,7 +22,9 @@ ATTRIBUTE = "tokentiming_settings"
 # Keys of vLLM's own speculative configuration that mean the same here.
 _VLLM_KEYS = frozenset({"num_speculative_tokens", "rejection_sample_method"})
 # vLLM's ways to verify that accept what they should not.
-INEXACT = frozenset({"synthetic", "fly"})
+_INEXACT = frozenset({"synthetic", "fly"})
+# Most ids in a draft vocabulary: they pass through float32, which holds no larger integer exactly.
+MAX_DRAFT_IDS = 1 << 24
 
 
 class SettingsError(ValueError):
@@ -133,6 +135,29 @@ class TokenTimingConfig(BaseModel):
                 'tokentiming needs a draft model: set "model" to a local folder or a Hugging Face name.'
             )
         raise SettingsError(f"tokentiming: {key} is {settings[key]!r}; {_lower_first(first['msg'])}.")
+
+
+def check_verification(method: str, settings: TokenTimingConfig) -> None:
+    """Refuse a way to verify that is not exact, or that would not be what the user asked for.
+
+    Args:
+        method: vLLM's ``rejection_sample_method``.
+        settings: Ours.
+
+    Raises:
+        SettingsError: It is one.
+    """
+    if method == "standard" or (method in _INEXACT and settings.allow_inexact):
+        return
+    if method in _INEXACT:
+        raise SettingsError(
+            f'tokentiming: what the "rejection_sample_method" {method!r} accepts need not be the target\'s; '
+            'leave it out, or set "allow_inexact" to true if you want to compare the two.'
+        )
+    raise SettingsError(
+        f'tokentiming cannot verify with the "rejection_sample_method" {method!r}: vLLM\'s model runner for plugins '
+        'would verify token by token instead; leave it out, or set it to "standard".'
+    )
 
 
 def _lower_first(sentence: str) -> str:

@@ -99,6 +99,13 @@ class _Request:
         """Whether all of its context has been read."""
         return self.num_cached == len(self.context.draft_ids)
 
+    @property
+    def open_row(self) -> int:
+        """Its row, which it has while it is read or drafted for."""
+        if self.row is None:
+            raise RuntimeError("a request without a row in the draft's KV cache can be neither read nor drafted for")
+        return self.row
+
 
 @dataclass
 class Counts:
@@ -338,10 +345,9 @@ class Drafter:
             self._close(idle)
 
     def _share(self, request: _Request) -> None:
-        assert request.row is not None
         context = request.context
         request.num_cached = self._model.pool.share(
-            request.row, context.draft_ids, request.num_cached, context.num_settled
+            request.open_row, context.draft_ids, request.num_cached, context.num_settled
         )
 
     def _close(self, request: _Request) -> None:
@@ -365,8 +371,7 @@ class Drafter:
             self._share(request)  # It may take over what a span before this one is going to write.
             self.counts.reused += request.num_cached - had
             draft_ids = request.context.draft_ids[request.num_cached : request.num_cached + room]
-            assert request.row is not None
-            reading.append((request, Span(request.row, request.num_cached, draft_ids)))
+            reading.append((request, Span(request.open_row, request.num_cached, draft_ids)))
             request.num_cached += len(draft_ids)
             self._share(request)  # Later spans may take over what this one is going to write.
             self.counts.read += len(draft_ids)
@@ -405,8 +410,7 @@ class Drafter:
             spans = []
             for draft in drafts:
                 request = requests[draft.index]
-                assert request.row is not None
-                spans.append(Span(request.row, request.num_cached, draft.draft_ids[-1:]))
+                spans.append(Span(request.open_row, request.num_cached, draft.draft_ids[-1:]))
                 request.num_cached += 1
             self.counts.drafted += len(spans)
             self.clock.enter("draft")

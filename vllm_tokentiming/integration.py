@@ -1,29 +1,31 @@
 """The seam between vLLM's model runner and our proposer.
 
 vLLM's ``custom_class`` interface tells a proposer neither which requests it drafts for nor that requests have ended.
-Two thin wrappers around ``GPUModelRunner`` do; they act only for our proposer, and can go when vLLM passes request
-ids and finished requests to ``propose`` (no version does so far; 0.32 and 0.33 read). A third one spares the
-rejection sampler what is no proposal: all of a step without any, for which 0.32 calls it, too, and padding
-(``compat.without_padding``). A fourth one hands it what is left to verify of proposals that are verified in stages
-(``staging.py``); it can go when vLLM lets a proposer shape the target's law that its proposals are verified against.
+Two thin wrappers around ``GPUModelRunner`` do. A third one spares the rejection sampler what is no proposal: all of a
+step without any, for which 0.32 calls it, too, and padding (``compat.without_padding``). A fourth one hands it what is
+left to verify of proposals that are verified in stages (``staging.py``). All act only for our proposer; ``install``
+says when each can go.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from vllm.config import VllmConfig
 
-from vllm_tokentiming import compat
+from vllm_tokentiming import compat, patches
 from vllm_tokentiming.config import ATTRIBUTE, METHOD, SettingsError
 from vllm_tokentiming.draft.sampling import DraftSampling, seed_of
 from vllm_tokentiming.drafting import Committed
 from vllm_tokentiming.metrics import Recorder
 from vllm_tokentiming.pair import VocabularyPair
 from vllm_tokentiming.staging import Stage, verify_stages
+from vllm_tokentiming.uploading import upload
 
 T = TypeVar("T")
 
@@ -81,78 +83,125 @@ def install() -> None:
     if current_platform.is_cpu():
         compat.repair_cpu_rejection_sampler()
     compat.repair_top_k_without_drafts()
-    if getattr(GPUModelRunner.propose_draft_token_ids, "_tokentiming", False):
-        return
+    since = "0.32.0, 0.33.0"
+    until = "vLLM tells a proposer which requests it drafts for, which have ended, and takes q from it"
+    patches.install(
+        GPUModelRunner, "propose_draft_token_ids", _propose_draft_token_ids, since=since, until=until
+    )  # fmt: skip
+    until = "vLLM stops drafting near the maximum length for one request alone"
+    patches.install(GPUModelRunner, "_input_fits_in_drafter", _input_fits_in_drafter, since=since, until=until)
+    until = "vLLM neither pads proposals nor calls the rejection sampler in a step without any"
+    patches.install(GPUModelRunner, "_sample", _sample, since=since, until=until, instead=_target_alone)
+    until = "vLLM lets a proposer shape the target's law that its proposals are verified against"
+    patches.install(
+        rejection_sampler, "rejection_sample", _rejection_sample, since=since, until=until, instead=_one_hot
+    )  # fmt: skip
 
-    propose = GPUModelRunner.propose_draft_token_ids
-    input_fits = GPUModelRunner._input_fits_in_drafter
-    sample = GPUModelRunner._sample
-    verify = rejection_sampler.rejection_sample
-    parameters = inspect.signature(verify)
 
-    @functools.wraps(propose)
-    def propose_draft_token_ids(
-        self: Any, scheduler_output: Any, sampled_token_ids: Any, sampling_metadata: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        if not _is_ours(self.drafter):
-            return propose(self, scheduler_output, sampled_token_ids, sampling_metadata, *args, **kwargs)
-        self.drafter.batch = []
-        with self.drafter.guard():
-            self.drafter.batch = _take_over(self, scheduler_output, sampled_token_ids)
-            self.drafter.num_scheduled = scheduler_output.total_num_scheduled_tokens
-        proposed = propose(self, scheduler_output, sampled_token_ids, sampling_metadata, *args, **kwargs)
-        # The rejection sampler reads these two in the next step, whoever set them; without them, one-hot.
-        self._draft_probs = self.drafter.proposals.q
-        self._draft_prob_req_ids = self.drafter.proposals.q_request_ids
-        return proposed
+def _propose_draft_token_ids(
+    propose: Any, runner: Any, scheduler_output: Any, sampled_token_ids: Any, *args: Any, **kwargs: Any
+) -> Any:
+    drafter = runner.drafter
+    if not _is_ours(drafter):
+        return propose(runner, scheduler_output, sampled_token_ids, *args, **kwargs)
+    with drafter.guard():
+        drafter.batch = _take_over(runner, scheduler_output, sampled_token_ids)
+        drafter.num_scheduled = scheduler_output.total_num_scheduled_tokens
+    proposed = propose(runner, scheduler_output, sampled_token_ids, *args, **kwargs)
+    # The rejection sampler reads these two in the next step, whoever set them; without them, one-hot.
+    runner._draft_probs = drafter.proposals.q
+    runner._draft_prob_req_ids = drafter.proposals.q_request_ids
+    return proposed
 
-    @functools.wraps(input_fits)
-    def _input_fits_in_drafter(self: Any, common_attn_metadata: Any) -> bool:
-        # vLLM stops drafting for the whole batch once one request nears the maximum length; we stop for that one.
-        if _is_ours(self.drafter):
-            return common_attn_metadata is not None
-        fits: bool = input_fits(self, common_attn_metadata)
-        return fits
 
-    @functools.wraps(sample)
-    def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
-        if spec_decode_metadata is not None and _is_ours(getattr(self, "drafter", None)):
-            num_proposed = _drop_padding(self, len(spec_decode_metadata.num_draft_tokens))
-            if num_proposed is not None and num_proposed != list(spec_decode_metadata.num_draft_tokens):
-                logits, spec_decode_metadata = compat.without_padding(logits, spec_decode_metadata, num_proposed)
-            # With nothing to verify, the rejection sampler does what the sampler does, in more steps.
-            if not any(spec_decode_metadata.num_draft_tokens):
-                spec_decode_metadata = None
-            elif stages := _stages(self, spec_decode_metadata.num_draft_tokens):
-                _verified.append((self.drafter, stages))
-        try:
-            return sample(self, logits, spec_decode_metadata)
-        finally:
-            _verified.clear()
-
-    @functools.wraps(verify)
-    def rejection_sample(*args: Any, **kwargs: Any) -> Any:
-        if not _verified:
-            return verify(*args, **kwargs)
-        drafter, stages = _verified[0]
-        call = parameters.bind(*args, **kwargs).arguments
-        if (q := call["draft_probs"]) is not None:
-            call["draft_probs"] = None  # If this fails, all is verified as one-hot, which is exact as well.
-            with drafter.guard():
-                call["target_logits"], call["draft_probs"] = verify_stages(
-                    call["target_logits"], q, call["draft_token_ids"], stages
-                )
-        return verify(**call)
-
-    propose_draft_token_ids._tokentiming = True  # type: ignore[attr-defined]
-    GPUModelRunner.propose_draft_token_ids = propose_draft_token_ids
-    GPUModelRunner._input_fits_in_drafter = _input_fits_in_drafter
-    GPUModelRunner._sample = _sample
-    rejection_sampler.rejection_sample = rejection_sample
+def _input_fits_in_drafter(fits: Any, runner: Any, common_attn_metadata: Any) -> Any:
+    # vLLM stops drafting for the whole batch once one request nears the maximum length; we stop for that one.
+    if _is_ours(runner.drafter):
+        return common_attn_metadata is not None
+    return fits(runner, common_attn_metadata)
 
 
 # In the step that is being sampled, if it verifies any in stages: the proposer, and what `_stages` gives.
-_verified: list[tuple[Any, dict[int, list[Stage]]]] = []
+_staged: ContextVar[tuple[Any, dict[int, list[Stage]]] | None] = ContextVar("tokentiming_staged", default=None)
+
+
+def _sample(sample: Any, runner: Any, logits: Any, spec_decode_metadata: Any) -> Any:
+    drafter: Any = getattr(runner, "drafter", None)
+    if spec_decode_metadata is None or not _is_ours(drafter):
+        return sample(runner, logits, spec_decode_metadata)
+    to_verify = None
+    with drafter.guard("verify"):
+        to_verify = _to_verify(runner, logits, spec_decode_metadata)
+    if to_verify is None:
+        return _target_alone(sample, None, runner, logits, spec_decode_metadata)
+    logits, spec_decode_metadata, stages = to_verify
+    before = _staged.set((drafter, stages) if stages else None)
+    try:
+        return sample(runner, logits, spec_decode_metadata)
+    finally:
+        _staged.reset(before)
+
+
+def _to_verify(runner: Any, logits: Any, metadata: Any) -> tuple[Any, Any, dict[int, list[Stage]]]:
+    """What there is to verify in a step: logits and metadata for ``_sample``, and the stages by row."""
+    num_proposed = _drop_padding(runner, len(metadata.num_draft_tokens))
+    if num_proposed is not None and num_proposed != list(metadata.num_draft_tokens):
+        logits, metadata = compat.without_padding(logits, metadata, num_proposed)
+    # With nothing to verify, the rejection sampler does what the sampler does, in more steps.
+    if not any(metadata.num_draft_tokens):
+        return logits, None, {}
+    return logits, metadata, _stages(runner, metadata.num_draft_tokens)
+
+
+def _target_alone(sample: Any, _fault: Exception | None, runner: Any, logits: Any, spec_decode_metadata: Any) -> Any:
+    """Sample a step of ours of which nothing can be verified, after a fault.
+
+    A step has logits for each proposal and one more for each request. The first of a request's rows stands after its
+    last committed token, so it does not depend on what is proposed: vLLM's sampler draws from it as in a step without
+    proposals. That is exact, and needs neither q, nor stages, nor proposals without padding, whichever of them failed.
+
+    (One-hot verification would be exact as well, also for what was drafted in stages: whatever law a proposal was drawn
+    from, if that does not know the target's random numbers, ``p`` accepts it with its own probability and else draws
+    another, so the token follows ``p``. But the kernels may read -1 as an index, and ``_drop_padding`` may have failed
+    halfway. Neither would be exact if a fault depended on which token is proposed; nothing before this looks at that.)
+    """
+    if spec_decode_metadata is None or not _is_ours(getattr(runner, "drafter", None)):
+        return sample(runner, logits, spec_decode_metadata)
+    num_rows = [number + 1 for number in spec_decode_metadata.num_draft_tokens]
+    first_rows = list(itertools.accumulate(num_rows[:-1], initial=0))
+    for target_ids in runner.input_batch.spec_token_ids:
+        target_ids.clear()  # vLLM's sampler takes what stands here for rows of the logits.
+    return sample(runner, logits[upload(first_rows, logits.device)], None)
+
+
+@functools.cache
+def _verifier() -> inspect.Signature:
+    from vllm.v1.sample import rejection_sampler
+
+    return inspect.signature(rejection_sampler.rejection_sample)
+
+
+def _rejection_sample(verify: Any, *args: Any, **kwargs: Any) -> Any:
+    staged = _staged.get()
+    if staged is None:
+        return verify(*args, **kwargs)
+    drafter, stages = staged
+    call = _verifier().bind(*args, **kwargs).arguments
+    if (q := call["draft_probs"]) is not None:
+        call["draft_probs"] = None  # If this fails, all is verified as one-hot, which is exact as well.
+        with drafter.guard("verify"):
+            call["target_logits"], call["draft_probs"] = verify_stages(
+                call["target_logits"], q, call["draft_token_ids"], stages
+            )
+    return verify(**call)
+
+
+def _one_hot(verify: Any, _fault: Exception, *args: Any, **kwargs: Any) -> Any:
+    """Verify a step after a fault: as one-hot if it has stages, without which their ``q`` does not count."""
+    call = _verifier().bind(*args, **kwargs).arguments
+    if _staged.get() is not None:
+        call["draft_probs"] = None
+    return verify(**call)
 
 
 def _stages(runner: Any, num_proposed: list[int]) -> dict[int, list[Stage]]:
@@ -170,13 +219,13 @@ def _stages(runner: Any, num_proposed: list[int]) -> dict[int, list[Stage]]:
 
 def _drop_padding(runner: Any, num_requests: int) -> list[int] | None:
     """Take -1 out of what is proposed for each request, and count the rest; ``None`` where the host does not know."""
-    proposed_ids = getattr(runner.input_batch, "spec_token_ids", None)
-    if proposed_ids is None or getattr(runner, "use_async_scheduling", True):
+    if runner.use_async_scheduling:
         return None
-    for target_ids in proposed_ids[:num_requests]:
+    proposed_ids = runner.input_batch.spec_token_ids[:num_requests]
+    for target_ids in proposed_ids:
         while target_ids and target_ids[-1] < 0:
             target_ids.pop()
-    return [len(target_ids) for target_ids in proposed_ids[:num_requests]]
+    return [len(target_ids) for target_ids in proposed_ids]
 
 
 def _is_ours(drafter: Any) -> bool:

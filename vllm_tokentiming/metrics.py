@@ -12,14 +12,18 @@ Knows ``prometheus_client``, which vLLM requires, and no vLLM.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from prometheus_client import REGISTRY, Metric
+from prometheus_client import REGISTRY
+from prometheus_client.metrics_core import Metric
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
+
+logger = logging.getLogger(f"vllm.{__name__}")
 
 FILES = "VLLM_TOKENTIMING_METRICS"
 
@@ -71,10 +75,20 @@ class _Files:
         for file in self._files:
             MmapedDict(_path(os.getpid(), file)).close()  # Now it can be read, also before a worker writes to it.
         self.names = [_path(os.getpid(), file) for file in self._files]
+        self._failed = False
         REGISTRY.register(self)
 
-    def collect(self) -> list[Metric]:
-        """Read what the workers have written, as ``prometheus_client`` asks for it."""
+    def collect(self) -> Iterable[Metric]:
+        """Our metrics; none if they cannot be read: vLLM's own stand on the same page."""
+        try:
+            return self._read()
+        except Exception:
+            if not self._failed:
+                self._failed = True
+                logger.exception("TokenTiming cannot read its metrics, so they are left out.")
+            return []
+
+    def _read(self) -> Iterable[Metric]:
         metrics: dict[str, Metric] = {}
         for name in self.names:
             for key, value, _, _ in MmapedDict.read_all_values_from_file(name):
@@ -100,18 +114,23 @@ _files: _Files | None = None
 def show_in_front_end(num_engines: int = 1) -> None:
     """Have the page of metrics show what the workers of the next engines will count, instead of the last ones'.
 
+    Where that cannot be done, nothing is counted.
+
     Args:
         num_engines: Data-parallel engines.
     """
     global _files
-    if _files is not None:
-        _files.close()
-        _files = None
     os.environ.pop(FILES, None)
-    # With several front ends, vLLM makes a folder, and each of them shows all that is in there.
-    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ and hasattr(os, "memfd_create"):
-        _files = _Files(num_engines)
-        os.environ[FILES] = os.pathsep.join(_files.names)
+    try:
+        if _files is not None:
+            _files.close()
+            _files = None
+        # With several front ends, vLLM makes a folder, and each of them shows all that is in there.
+        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            _files = _Files(num_engines)
+            os.environ[FILES] = os.pathsep.join(_files.names)
+    except Exception:  # Or the system has no files without names.
+        logger.exception("TokenTiming cannot count what it does.")
 
 
 class Recorder:

@@ -6,75 +6,103 @@ be called any number of times, and changes nothing for engines that do not ask f
 
 from __future__ import annotations
 
-import functools
+import logging
+from collections.abc import Mapping
 from typing import Any
 
+from vllm_tokentiming import patches
 from vllm_tokentiming.config import (
     ATTRIBUTE,
-    INEXACT,
     METHOD,
     PROPOSER,
     SettingsError,
     TokenTimingConfig,
+    check_verification,
     split_speculative_config,
 )
 from vllm_tokentiming.metrics import show_in_front_end
+
+logger = logging.getLogger(f"vllm.{__name__}")
 
 
 def register() -> None:
     """Let ``EngineArgs`` understand our method, and the scheduler tell workers the salts of requests.
 
-    vLLM refuses methods that it does not know (``SpeculativeConfig``, all versions so far); this can go when a plugin
-    may register one.
+    vLLM runs this in the engines of all users, so it raises nothing: on a vLLM that we cannot teach our method, vLLM
+    refuses it to those who ask for it, and an unknown salt only means that nothing is shared.
     """
+    for teach in (_teach_method, _teach_salts):
+        try:
+            teach()
+        except Exception:
+            logger.exception("TokenTiming cannot be used with this vLLM.")
+
+
+def _teach_method() -> None:
     from vllm.engine.arg_utils import EngineArgs
 
+    patches.install(
+        EngineArgs, "create_speculative_config", _create_speculative_config, instead=_stop_if_asked_for,
+        since="0.32.0, 0.33.0 (SpeculativeConfig refuses methods that it does not know)",
+        until="a plugin may register a method",
+    )  # fmt: skip
+
+
+def _teach_salts() -> None:
     from vllm_tokentiming.compat import carry_cache_salts
 
     carry_cache_salts()
-    original = EngineArgs.create_speculative_config
-    if getattr(original, "_tokentiming", False):
-        return
 
-    @functools.wraps(original)
-    def create_speculative_config(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
-        given = self.speculative_config or {}
-        method = self.spec_method if getattr(self, "spec_method", None) else given.get("method")
-        if method != METHOD and given.get("model") != PROPOSER:
-            return original(self, target_model_config, target_parallel_config)
-        given = {key.replace("-", "_"): value for key, value in given.items()}
-        # vLLM's shorthand options for the same three keys.
-        for option, key in (
-            ("spec_method", "method"),
-            ("spec_model", "model"),
-            ("spec_tokens", "num_speculative_tokens"),
-        ):
-            if getattr(self, option, None) is not None:
-                given[key] = getattr(self, option)
-                setattr(self, option, None)
-        if method == METHOD:
-            vllm_part, settings = split_speculative_config(given)
-            if METHOD in self.additional_config:
-                raise SettingsError(
-                    'tokentiming: give the settings either in --speculative-config (method "tokentiming") or in '
-                    f'--additional-config (method "custom_class", model "{PROPOSER}"), not in both.'
-                )
-        else:
-            vllm_part = given
-            settings = self.additional_config.get(METHOD, getattr(self, ATTRIBUTE, {}))
-        verification = vllm_part.get("rejection_sample_method", "standard")
-        _refuse_early(settings, verification, target_model_config, target_parallel_config)
-        show_in_front_end(target_parallel_config.data_parallel_size)
-        self.speculative_config = vllm_part
-        created = original(self, target_model_config, target_parallel_config)
-        # vLLM compiles anew whenever anything in `additional_config` changes, and our settings change no graph.
-        self.additional_config = {key: value for key, value in self.additional_config.items() if key != METHOD}
-        setattr(created, ATTRIBUTE, settings)
-        setattr(self, ATTRIBUTE, settings)  # vLLM may ask for the configuration of the same arguments again.
-        return created
 
-    create_speculative_config._tokentiming = True  # type: ignore[attr-defined]
-    EngineArgs.create_speculative_config = create_speculative_config
+def _asked_for(engine_args: Any) -> bool:
+    given = engine_args.speculative_config
+    given = given if isinstance(given, Mapping) else {}
+    method = getattr(engine_args, "spec_method", None) or given.get("method")
+    return bool(method == METHOD or given.get("model") == PROPOSER)
+
+
+def _stop_if_asked_for(original: Any, fault: Exception, engine_args: Any, *args: Any, **kwargs: Any) -> Any:
+    if _asked_for(engine_args):
+        raise fault
+    return original(engine_args, *args, **kwargs)
+
+
+def _create_speculative_config(
+    original: Any, engine_args: Any, target_model_config: Any, target_parallel_config: Any
+) -> Any:
+    if not _asked_for(engine_args):
+        return original(engine_args, target_model_config, target_parallel_config)
+    given = {key.replace("-", "_"): value for key, value in (engine_args.speculative_config or {}).items()}
+    # vLLM's shorthand options for the same three keys.
+    for option, key in (
+        ("spec_method", "method"),
+        ("spec_model", "model"),
+        ("spec_tokens", "num_speculative_tokens"),
+    ):
+        if getattr(engine_args, option, None) is not None:
+            given[key] = getattr(engine_args, option)
+            setattr(engine_args, option, None)
+    if given.get("method") == METHOD:
+        vllm_part, settings = split_speculative_config(given)
+        if METHOD in engine_args.additional_config:
+            raise SettingsError(
+                'tokentiming: give the settings either in --speculative-config (method "tokentiming") or in '
+                f'--additional-config (method "custom_class", model "{PROPOSER}"), not in both.'
+            )
+    else:
+        vllm_part = given
+        settings = engine_args.additional_config.get(METHOD, getattr(engine_args, ATTRIBUTE, {}))
+    verification = vllm_part.get("rejection_sample_method", "standard")
+    _refuse_early(settings, verification, target_model_config, target_parallel_config)
+    show_in_front_end(target_parallel_config.data_parallel_size)
+    engine_args.speculative_config = vllm_part
+    created = original(engine_args, target_model_config, target_parallel_config)
+    # vLLM compiles anew whenever anything in `additional_config` changes, and our settings change no graph.
+    others = {key: value for key, value in engine_args.additional_config.items() if key != METHOD}
+    engine_args.additional_config = others
+    setattr(created, ATTRIBUTE, settings)
+    setattr(engine_args, ATTRIBUTE, settings)  # vLLM may ask for the configuration of the same arguments again.
+    return created
 
 
 def _refuse_early(
@@ -86,18 +114,15 @@ def _refuse_early(
         SettingsError: Something would.
     """
     parsed = TokenTimingConfig.parse(settings)
-    if verification in INEXACT and not parsed.allow_inexact:
-        raise SettingsError(
-            f'tokentiming: what the "rejection_sample_method" {verification!r} accepts need not be the target\'s; '
-            'leave it out, or set "allow_inexact" to true if you want to compare the two.'
-        )
+    check_verification(verification, parsed)
     try:
         import vllm_tokentiming.alignment  # noqa: F401
     except ImportError as error:
         raise SettingsError(f"tokentiming: {error}") from error
-    from vllm_tokentiming.compat import check_vllm
+    from vllm_tokentiming.requirements import check_vllm
 
     check_vllm()
+    patches.check()
     if target_model_config.runner_type != "generate":
         raise SettingsError(
             "tokentiming needs a target that generates text, and this one is run as a "

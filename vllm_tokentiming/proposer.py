@@ -18,11 +18,12 @@ import numpy.typing as npt
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
-from vllm_tokentiming import compat, integration
-from vllm_tokentiming.config import TokenTimingConfig
+from vllm_tokentiming import compat, integration, patches
+from vllm_tokentiming.config import TokenTimingConfig, check_verification
 from vllm_tokentiming.draft_length import AdaptiveLength, FixedLength
 from vllm_tokentiming.drafting import Proposals
 from vllm_tokentiming.prior import AlignmentPrior
+from vllm_tokentiming.requirements import check_vllm
 from vllm_tokentiming.vocabularies import load_pair
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ class TokenTimingProposer:
         """
         self._vllm_config = vllm_config
         self._settings = TokenTimingConfig.parse(integration.settings_of(vllm_config))
+        # Without our entry point, nothing has been looked at in the front end.
+        check_vllm()
+        check_verification(vllm_config.speculative_config.rejection_sample_method, self._settings)
         self.seed = self._settings.seed
         self.num_speculative_tokens: int = vllm_config.speculative_config.num_speculative_tokens
         # Set by the integration before each call of `propose`.
@@ -67,6 +71,7 @@ class TokenTimingProposer:
         self._faults: set[str] = set()
         self._num_faults: Counter[str] = Counter()  # By phase.
         self._faults_in_a_row = self._steps_off = 0
+        self._failed_lately = False  # Since the last call that did not.
         self._recorder: Recorder | None = None
         self._told_of_pause, self._steps_to_tell = False, _STEPS_TO_TELL
         integration.install()
@@ -84,7 +89,10 @@ class TokenTimingProposer:
         from vllm_tokentiming.drafting import Drafter
         from vllm_tokentiming.writer import Writer
 
-        config = self._vllm_config
+        patches.check()
+        config, eager = self._vllm_config, self._settings.enforce_eager
+        if eager is None:
+            eager = config.model_config.enforce_eager
         logger.info(
             "TokenTiming: vLLM's model runner V1, which custom proposers need; target in %s, %s; up to %d proposals.",
             str(config.model_config.dtype).removeprefix("torch."),
@@ -92,7 +100,7 @@ class TokenTimingProposer:
         )  # fmt: skip
         logger.info(
             "TokenTiming: loading the draft model %s%s.", self._settings.model,
-            "" if config.model_config.enforce_eager else "; compiling it takes minutes unless vLLM's cache has it",
+            "" if eager else "; compiling it takes minutes unless vLLM's cache has it",
         )  # fmt: skip
         max_draft_tokens = self._settings.max_draft_tokens or 2 * self.num_speculative_tokens
         model = DraftModel(self._vllm_config, self._settings, max_draft_tokens)
@@ -127,7 +135,10 @@ class TokenTimingProposer:
             log_prior=self._log_prior(pair, model),
         )
         self._drafter = Drafter(pair, model, writer, self._length, max_draft_tokens)
-        self._recorder = integration.recorder(self._vllm_config)
+        try:
+            self._recorder = integration.recorder(self._vllm_config)
+        except Exception:
+            logger.exception("TokenTiming cannot write its metrics.")
         if self._recorder is not None and not self._recorder.is_seen:
             logger.warning("TokenTiming: vLLM's front end cannot see this worker's metrics vllm:tokentiming_*.")
 
@@ -160,25 +171,35 @@ class TokenTimingProposer:
         Returns:
             Per request, up to ``num_speculative_tokens`` target ids.
         """
-        assert self._drafter is not None
         self.proposals = Proposals([[] for _ in sampled_token_ids])
+        batch, self.batch = self.batch, []  # No fault of the next step shall leave it this one.
+        costs: list[tuple[str, int, float]] = []
+        with self.guard():
+            costs = self._measured(batch)
         # Outside of what may fail: a rank that left this out would keep the others waiting.
-        costs, self._steps_off = integration.agree((self._measured(), self._steps_off))
-        if len(self.batch) == len(sampled_token_ids):  # Not so in a warm-up run of vLLM's, or after a fault.
+        costs, self._steps_off = integration.agree((costs, self._steps_off))
+        if len(batch) == len(sampled_token_ids):  # Not so in a warm-up run of vLLM's, or after a fault.
             if self._steps_off:
                 self._steps_off -= 1
             else:
                 with self.guard():
                     for kind, tokens, seconds in costs:
                         self._length.observe(kind, tokens, seconds)
-                    self.proposals = self._drafter.propose(self.batch)
-                    self._faults_in_a_row = 0
-            self._tell_of_pauses()
+                    self.proposals = self._loaded().propose(batch)
+                    if not self._failed_lately:  # The last proposals may have failed to be verified.
+                        self._faults_in_a_row = 0
+                    self._failed_lately = False
+            self._tell_of_pauses(len(batch))
             self._record()
             self._ended = time.perf_counter()
         return self.proposals.target_ids
 
-    def _tell_of_pauses(self) -> None:
+    def _loaded(self) -> Drafter:
+        if self._drafter is None:
+            raise RuntimeError("vLLM has not called load_model")
+        return self._drafter
+
+    def _tell_of_pauses(self, num_requests: int) -> None:
         """Log when drafting as a whole pauses and when it goes on, ever more rarely if that happens again and again."""
         paused = self._length.steps_paused
         if not self._told_of_pause and paused >= self._steps_to_tell:
@@ -187,27 +208,26 @@ class TokenTimingProposer:
             logger.info(
                 "TokenTiming: nothing has been drafted in the last %d steps, but for trials, since it would not have "
                 "paid for %d requests at once; drafting goes on when it does.",
-                paused, len(self.batch),
+                paused, num_requests,
             )  # fmt: skip
         elif self._told_of_pause and not paused:
             self._told_of_pause = False
-            logger.info("TokenTiming: drafting pays again, for %d requests at once.", len(self.batch))
+            logger.info("TokenTiming: drafting pays again, for %d requests at once.", num_requests)
 
     def _record(self) -> None:
         if self._recorder is None:
             return
-        assert self._drafter is not None
         try:
-            self._recorder.write({**self._drafter.numbers(), "faults": self._num_faults})
+            self._recorder.write({**self._loaded().numbers(), "faults": self._num_faults})
         except Exception:  # Whatever it is, it is no reason to draft less.
             self._recorder = None
-            logger.exception("TokenTiming cannot write its metrics, which stay as they are from here on.")
+            logger.exception("TokenTiming can no longer write its metrics.")
 
-    def _measured(self) -> list[tuple[str, int, float]]:
+    def _measured(self, batch: list[Committed]) -> list[tuple[str, int, float]]:
         """What the target's pass cost, and what those of the draft did in the step before."""
-        assert self._drafter is not None
-        costs, self._drafter.costs = self._drafter.costs, []
-        seen = {committed.request_id for committed in self.batch}
+        drafter = self._loaded()
+        costs, drafter.costs = drafter.costs, []
+        seen = {committed.request_id for committed in batch}
         # Without a request in common, the engine may have waited for one.
         if self._ended is not None and self._seen & seen:
             costs.append(("target", self.num_scheduled, time.perf_counter() - self._ended))
@@ -215,24 +235,36 @@ class TokenTimingProposer:
         return costs
 
     @contextlib.contextmanager
-    def guard(self) -> Iterator[None]:
-        """Let nothing that fails in here reach the engine: log it, once per place, and forget every draft."""
+    def guard(self, phase: str = "batch") -> Iterator[None]:
+        """Let nothing that fails in here reach the engine: log it, once per place, and forget every draft.
+
+        Args:
+            phase: What fails if the drafter is in none of its own phases.
+        """
         try:
             yield
-        except Exception as error:
-            phase = ""
-            if self._drafter is not None:
-                phase = self._drafter.clock.phase
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # A panic in the tokenizers' Rust code is no `Exception`.
+            self._after(error, phase)
+
+    def _after(self, fault: BaseException, phase: str) -> None:
+        where = traceback.extract_tb(fault.__traceback__)[-1]
+        kind = f"{type(fault).__name__} in {where.filename}, line {where.lineno}"
+        if kind not in self._faults:
+            self._faults.add(kind)
+            logger.exception("TokenTiming failed to draft; these requests go on without proposals in this step.")
+        self._faults_in_a_row += 1
+        self._failed_lately = True
+        # Each new start reads all contexts again.
+        self._steps_off = min(2**self._faults_in_a_row // 8, _MOST_STEPS_OFF)
+        if self._drafter is not None:
+            phase = self._drafter.clock.phase or phase
+            try:
                 self._drafter.release_all()
-            self._faults_in_a_row += 1
-            # Each new start reads all contexts again.
-            self._steps_off = min(2**self._faults_in_a_row // 8, _MOST_STEPS_OFF)
-            self._num_faults[phase or "batch"] += 1  # Outside of the drafter's phases, the batch is taken over.
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            kind = f"{type(error).__name__} in {where.filename}, line {where.lineno}"
-            if kind not in self._faults:
-                self._faults.add(kind)
-                logger.exception("TokenTiming failed to draft; these requests go on without proposals in this step.")
+            except Exception:  # What is left behind costs memory of the draft's, and no more.
+                logger.exception("TokenTiming cannot forget what it has drafted.")
+        self._num_faults[phase] += 1
 
     def release(self, request_ids: Iterable[str]) -> None:
         """Forget requests that finished, were aborted or preempted."""

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vllm_tokentiming.config import MAX_DRAFT_IDS
 from vllm_tokentiming.draft.sampling import DraftSampling, draw, law, uniforms
 from vllm_tokentiming.draft_length import Chain, FixedLength
 from vllm_tokentiming.pair import VocabularyPair
@@ -127,8 +128,12 @@ class Writer:
                 one-hot ``q``.
             length: Decides whether a token is proposed.
             log_prior: ``[draft size]``, the logarithm of the alignment prior, to some power.
+
+        Raises:
+            ValueError: The draft has too many ids.
         """
-        assert draft_size <= 1 << 24, "ids would not be exact as float32"
+        if draft_size > MAX_DRAFT_IDS:
+            raise ValueError(f"{draft_size} draft ids are not exact as float32, which holds {MAX_DRAFT_IDS}")
         self._pair = pair
         self._length = length
         self._log_prior = None if log_prior is None else torch.from_numpy(log_prior[:draft_size]).float().to(device)
@@ -335,7 +340,7 @@ class Writer:
         Returns:
             The position whose row of ``q`` is to come from ``Transfer.first_rows``, if any.
         """
-        assert self.q is not None
+        q = self._step_q()
         pending, start = draft.pending, len(draft.proxy.target_ids)
         emitted, draft.pending = self._transducer.emit(pending, draft_id)
         draft.proxy = Proxy(draft.proxy.target_ids + emitted, draft_id in self._pair.special.to_target)
@@ -346,7 +351,7 @@ class Writer:
             self._add_stage(draft, probs[source], pending, start, bool(emitted))
         for depth in range(1, min(len(emitted), draft.max_proposals - start)):
             before = emitted[:depth]
-            self.q[draft.row, start + depth] = (
+            q[draft.row, start + depth] = (
                 self._transfer.later_candidate_row(draft.candidates, before)
                 if pending and draft.candidates
                 else self._transfer.later_row(probs[source], tuple(before))
@@ -355,24 +360,26 @@ class Writer:
 
     def _fill_first(self, first_rows: Sequence[tuple[int, int, int]], probs: torch.Tensor, waits: bool) -> None:
         """Fill rows of ``q``: each from a row of ``probs``, of a request's row, at a position."""
-        assert self.q is not None
+        q = self._step_q()
         if len(first_rows) == 1:  # Where nothing is to be copied, that is most of the time it takes.
             ((source, row, position),) = first_rows
-            self._transfer.first_rows(probs[source].unsqueeze(0), waits, out=self.q[row, position].unsqueeze(0))
+            self._transfer.first_rows(probs[source].unsqueeze(0), waits, out=q[row, position].unsqueeze(0))
         else:
             sources, rows, positions = upload(first_rows, self._device).unbind(1)
             laws = probs if len(first_rows) == len(probs) else probs[sources]
-            self.q[rows, positions] = self._transfer.first_rows(laws, waits)
+            q[rows, positions] = self._transfer.first_rows(laws, waits)
 
     def _add_stage(self, draft: Draft, probs: torch.Tensor, pending: bytes, position: int, commits: bool) -> None:
-        assert self.q is not None and draft.sampling is not None
-        row = self.q[draft.row, position]
+        if draft.sampling is None:
+            raise RuntimeError("a draft that does not draw has no stages")
+        row = self._step_q()[draft.row, position]
         left = None if commits else draft.pending
         # Those after the numbers that the draft is drawn with.
         number = self._max_draft_tokens + len(draft.draft_ids)
         uniform = uniforms(draft.sampling.seed, draft.position, number)[-1]
         if pending:
-            assert draft.candidates is not None
+            if draft.candidates is None:
+                raise RuntimeError("bytes are pending, and their candidates are not known")
             at_once = row if commits else torch.zeros_like(row)
             draft.stages.append(self._transfer.later_stage(draft.candidates, at_once, left, uniform))
         else:
@@ -381,13 +388,19 @@ class Writer:
         if commits:
             self.stages[draft.row, position], draft.stages = draft.stages, []
 
+    def _step_q(self) -> torch.Tensor:
+        """``q``, in a step in which a draft draws."""
+        if self.q is None:
+            raise RuntimeError("no draft of this step draws")
+        return self.q
+
     def _fill_published(self, draft: Draft) -> None:
-        assert self.q is not None
+        q = self._step_q()
         for draft_start, draft_end, target_start, target_end in align(
             self._pair, draft.draft_ids, draft.proxy
         ).tolist():
             for position in range(target_start, min(target_end, draft.max_proposals)):
                 aligned = min(draft_start + position - target_start, draft_end - 1)
-                self.q[draft.row, position] = self._transfer.paper_row(
+                q[draft.row, position] = self._transfer.paper_row(
                     draft.laws[aligned], draft.draft_ids[aligned], draft.proxy.target_ids[position]
                 )

@@ -11,7 +11,7 @@ import copy
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.utils import replace
 
-from vllm_tokentiming.config import SettingsError, TokenTimingConfig, reason
+from vllm_tokentiming.config import MAX_DRAFT_IDS, SettingsError, TokenTimingConfig, reason
 
 
 def draft_model_config(settings: TokenTimingConfig, target: ModelConfig) -> ModelConfig:
@@ -56,6 +56,11 @@ def draft_model_config(settings: TokenTimingConfig, target: ModelConfig) -> Mode
                 f"tokentiming cannot draft with {settings.model!r}: it is {what}; choose a decoder-only draft model "
                 "with ordinary attention."
             )
+    if (size := config.get_vocab_size()) > MAX_DRAFT_IDS:
+        raise SettingsError(
+            f"tokentiming cannot draft with {settings.model!r}: its vocabulary has {size} ids, more than the "
+            f"{MAX_DRAFT_IDS} that can be told apart; choose a draft model with a smaller one."
+        )
     return config
 
 
