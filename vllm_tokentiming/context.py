@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 from vllm_tokentiming.pair import VocabularyPair
 from vllm_tokentiming.retokenize import Proxy, align, aligned_draft_tokens
+from vllm_tokentiming.turns import FIRST, Match
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,14 @@ class DraftContext:
         num_target: How many target tokens it stands for.
     """
 
-    __slots__ = ("_pair", "_settled", "_tail", "draft_ids", "num_target")
+    __slots__ = ("_pair", "_role", "_settled", "_tail", "draft_ids", "num_target")
 
     def __init__(self, pair: VocabularyPair) -> None:
         """Begin with an empty context, which is the draft's begin-of-text token if it has one."""
         self._pair = pair
         self.draft_ids = pair.draft_prefix
         self.num_target = 0
+        self._role = FIRST  # Whose message the context ends in, as far as the boundaries of messages were known.
         self._settled = len(self.draft_ids)  # Draft ids before this one can no longer change.
         self._tail = b""  # The bytes that the draft ids from there on spell.
 
@@ -92,18 +94,17 @@ class DraftContext:
     def _append(self, target_ids: Sequence[int]) -> None:
         target_bytes, special = self._pair.target.token_bytes, self._pair.special
         data = bytearray(self._tail)
+        begins = self.num_target == len(target_ids)
         index = 0
         while index < len(target_ids):
-            target_id, num_matched = target_ids[index], 1
-            if target_id not in target_bytes.special:
+            target_id, num_matched, match = target_ids[index], 1, None
+            if target_id in target_bytes.special or (begins and index == 0):
+                match = self._pair.turns.match(target_ids, index, data, self._role, target_bytes)
+            if match is not None:
+                num_matched = match.num_target
+                self._read(match, data)
+            elif target_id not in target_bytes.special:
                 data += target_bytes[target_id]
-            elif (boundary := self._pair.turns.match(target_ids, index)) is not None:
-                num_matched, read = boundary
-                for piece in read:
-                    if isinstance(piece, bytes):
-                        data += piece
-                    else:
-                        self._add_special(piece, data)
             elif (counterpart := special.to_draft.get(target_id)) is not None:
                 self._add_special(counterpart, data)
             elif special.unmapped == "text" and target_id not in special.dropped:
@@ -113,6 +114,17 @@ class DraftContext:
         self.draft_ids[self._settled :] = encoded.ids
         self._settled += encoded.settled_ids
         self._tail = bytes(data[encoded.settled_bytes :])
+
+    def _read(self, match: Match, data: bytearray) -> None:
+        boundary = match.boundary
+        del data[len(data) - len(boundary.target_end) :]
+        for piece in boundary.read:
+            if isinstance(piece, bytes):
+                data += piece
+            else:
+                self._add_special(piece, data)
+        data += match.rest
+        self._role = boundary.after
 
     def _add_special(self, draft_id: int, data: bytearray) -> None:
         self._close(bytes(data))

@@ -116,9 +116,7 @@ class VocabularyPair:
         special = SpecialMap.between(target.special, draft.special, overrides or {}, unmapped)
         turns = Turns()
         if own_turns:
-            turns = Turns.between(
-                target.turns, draft.turns, target.special.by_text, draft.special.by_text, target.encoder
-            )
+            turns = Turns.between(target.turns, draft.turns, target.special.by_text, draft.special.by_text)
         return cls(target, draft, special, window, turns)
 
     @property
