@@ -1,8 +1,9 @@
 """Per request: the committed target tokens, as the draft reads them.
 
 **Contract.** ``draft_ids`` spells the bytes of every committed target token, in the draft's own canonical
-tokenization (after its begin-of-text token). Special tokens cross by role, and what a chat template writes around
-messages becomes what the draft's writes there (``turns.py``); nothing is replaced by ``unk``.
+tokenization, after what the draft reads before every text (``VocabularyPair.draft_prefix``). Special tokens cross by
+role, and what a chat template writes around messages becomes what the draft's writes there (``turns.py``); nothing is
+replaced by ``unk``.
 
 **Incremental.** Only the open end is encoded again when target tokens arrive: the bytes since the last point where
 the draft's tokenizer cuts whatever follows. So a step costs the same however long the context is.
@@ -37,19 +38,19 @@ class DraftContext:
     """The draft's view of one request.
 
     Attributes:
-        draft_ids: The committed context, as draft ids.
+        draft_ids: The committed context, as draft ids; empty before the first commit.
         num_target: How many target tokens it stands for.
     """
 
     __slots__ = ("_pair", "_role", "_settled", "_tail", "draft_ids", "num_target")
 
     def __init__(self, pair: VocabularyPair) -> None:
-        """Begin with an empty context, which is the draft's begin-of-text token if it has one."""
+        """Begin with an empty context."""
         self._pair = pair
-        self.draft_ids = pair.draft_prefix
+        self.draft_ids: list[int] = []
         self.num_target = 0
         self._role = FIRST  # Whose message the context ends in, as far as the boundaries of messages were known.
-        self._settled = len(self.draft_ids)  # Draft ids before this one can no longer change.
+        self._settled = 0  # Draft ids before this one can no longer change.
         self._tail = b""  # The bytes that the draft ids from there on spell.
 
     @property
@@ -94,7 +95,7 @@ class DraftContext:
     def _append(self, target_ids: Sequence[int]) -> None:
         target_bytes, special = self._pair.target.token_bytes, self._pair.special
         data = bytearray(self._tail)
-        begins = self.num_target == len(target_ids)
+        begins = 0 < self.num_target == len(target_ids)
         index = 0
         while index < len(target_ids):
             target_id, num_matched, match = target_ids[index], 1, None
@@ -114,6 +115,11 @@ class DraftContext:
         self.draft_ids[self._settled :] = encoded.ids
         self._settled += encoded.settled_ids
         self._tail = bytes(data[encoded.settled_bytes :])
+        if begins and not self._pair.is_chat(self.draft_ids):
+            prefix = self._pair.draft_prefix
+            if self.draft_ids[: len(prefix)] != prefix:
+                self.draft_ids[:0] = prefix
+                self._settled += len(prefix)
 
     def _read(self, match: Match, data: bytearray) -> None:
         boundary = match.boundary
