@@ -104,14 +104,14 @@ def speculation(num_speculative_tokens: int = 5, **settings: Any) -> dict[str, A
 
 
 def start(**arguments: Any) -> Any:
-    """A ``vllm.LLM`` of the embedded target."""
+    """A ``vllm.LLM``, of the embedded target if nothing else is said."""
     from vllm import LLM
 
     defaults = {
-        "dtype": "float32", "max_model_len": 512, "max_num_seqs": 16, "enforce_eager": True,
+        "model": TARGET, "dtype": "float32", "max_model_len": 512, "max_num_seqs": 16, "enforce_eager": True,
         "enable_prefix_caching": False, "disable_log_stats": False, "seed": 0,
     }  # fmt: skip
-    return LLM(TARGET, **{**defaults, **arguments})
+    return LLM(**{**defaults, **arguments})
 
 
 def greedy(max_tokens: int = 24, **parameters: Any) -> Any:
