@@ -110,8 +110,8 @@ def start(target: str = TARGET, **arguments: Any) -> Any:
     return LLM(target, **{"disable_log_stats": False, "seed": 0, **arguments})
 
 
-def start_exact(**arguments: Any) -> Any:
-    """A ``vllm.LLM`` of the embedded target whose output must be compared token by token.
+def start_exact(target: str = TARGET, **arguments: Any) -> Any:
+    """A ``vllm.LLM`` whose output must be compared token by token.
 
     In float32, since in bfloat16 passes of other shapes round differently, and greedy text differs at near ties.
     Eager, since each of the many settings of these tests would be compiled for itself.
@@ -120,7 +120,7 @@ def start_exact(**arguments: Any) -> Any:
         "dtype": "float32", "max_model_len": 512, "max_num_seqs": 16, "enforce_eager": True,
         "enable_prefix_caching": False,
     }  # fmt: skip
-    return start(**{**defaults, **arguments})
+    return start(target, **{**defaults, **arguments})
 
 
 def greedy(max_tokens: int = 24, **parameters: Any) -> Any:

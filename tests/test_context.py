@@ -67,7 +67,8 @@ def common_prefix(left: list[int], right: list[int]) -> int:
 
 def canonical(pair: VocabularyPair, target_ids: list[int]) -> list[int]:
     """What an exact draft should read for some target tokens: all at once between special tokens."""
-    ids, data = list(pair.draft_prefix), b""
+    ids: list[int] = []
+    data = b""
     for target_id in target_ids:
         special = pair.target.token_bytes.special.get(target_id)
         if special is None:
@@ -80,7 +81,11 @@ def canonical(pair: VocabularyPair, target_ids: list[int]) -> list[int]:
                 ids.append(counterpart)
         elif pair.special.unmapped == "text" and target_id not in pair.special.dropped:
             data += special.encode()
-    return ids + pair.draft.encoder.encode(data)
+    ids += pair.draft.encoder.encode(data)
+    prefix = pair.draft_prefix
+    if not target_ids or ids[: len(prefix)] == prefix or (prefix == [pair.draft.separator] and pair.is_chat(ids)):
+        return ids
+    return prefix + ids
 
 
 def standing_by_offsets(pair: VocabularyPair, drafted: Drafted, num_accepted: int) -> int:
@@ -323,7 +328,7 @@ def test_the_begin_of_text_token_is_not_doubled(draft):
     begin = pair.target.special.by_text["<s>"]
     hello = pair.target.encoder.encode(b"Hello")
     follower = Follower(pair)
-    assert follower.commit([begin, *hello]) == 1
+    follower.commit([begin, *hello])
     expected = pair.draft_prefix + pair.draft.encoder.encode(b"Hello")
     assert len(pair.draft_prefix) == 1 and follower.context.draft_ids == expected
     follower.commit([begin])
@@ -341,17 +346,39 @@ def test_an_end_that_was_drafted_and_accepted_is_kept(embedded):
     assert follower.commit(drafted.proxy.target_ids, drafted) == read + len(draft_ids)
 
 
-def test_an_empty_context_is_the_drafts_begin_of_text(embedded):
+def test_a_context_is_empty_until_something_is_committed(embedded):
     context = DraftContext(embedded.pair)
-    assert (context.draft_ids, context.num_target) == (embedded.pair.draft_prefix, 0)
-    assert context.commit([]) == 1
-    assert (context.draft_ids, context.num_target) == (embedded.pair.draft_prefix, 0)
+    assert context.commit([]) == 0
+    assert (context.draft_ids, context.num_target) == ([], 0)
+
+
+# What comes before a text.
+
+
+def smollm2_like() -> Vocabulary:
+    """The embedded target's vocabulary, with the start of a turn as `bos_token`, and ends of both kinds."""
+    by_text = load_vocabulary("embedded_target").special.by_text
+    return Vocabulary.of(load_tokenizer("embedded_target"), 0, by_text["<|im_start|>"], by_text["<|im_end|>"])
+
+
+@pytest.mark.parametrize("own_turns", [True, False])
+def test_a_separator_comes_before_a_text_and_not_before_a_chat(embedded, own_turns):
+    pair = VocabularyPair.of(embedded.pair.target, smollm2_like(), own_turns=own_turns)
+    special, encode = pair.draft.special.by_text, pair.target.encoder.encode
+    text, chat = Follower(pair), Follower(pair)
+    assert text.commit(encode(b"The")) == 0
+    assert text.context.draft_ids == [special["<|endoftext|>"], *pair.draft.encoder.encode(b"The")]
+    assert chat.commit([pair.target.special.by_text["<|im_start|>"], *encode(b"user\n")]) == 0
+    assert chat.context.draft_ids == [special["<|im_start|>"], *pair.draft.encoder.encode(b"user\n")]
+    for follower, number in ((text, 2), (chat, 1)):
+        follower.commit(encode(b" and more"))
+        assert sum(i in special.values() for i in follower.context.draft_ids) <= number
 
 
 def test_two_contexts_of_a_pair_share_nothing(embedded):
     first, second = DraftContext(embedded.pair), DraftContext(embedded.pair)
     first.commit(embedded.pair.target.encoder.encode(b"The end"))
-    assert second.draft_ids == embedded.pair.draft_prefix
+    assert not second.draft_ids
 
 
 # Lossy vocabularies.

@@ -108,9 +108,9 @@ def break_everything() -> dict:
 
     proposer._MOST_STEPS_OFF = 0  # Drafting goes on whatever fails, so that there is more to fail.
     few = {"max_num_seqs": 4}  # So that some requests begin while others have proposals.
-    plain = engine.start(**few)
+    plain = engine.start_exact(**few)
     result: dict = {"plain": _write(plain)}
-    llm = engine.start(speculative_config=engine.speculation(), **few)
+    llm = engine.start_exact(speculative_config=engine.speculation(), **few)
     before = engine.counters(llm)
     result["whole"] = _write(llm)
     result["accepted"] = engine.counters(llm)["accepted"] - before["accepted"]
@@ -146,7 +146,7 @@ def break_everything() -> dict:
     result["accepted in the end"] = engine.counters(llm)["accepted"] - before["accepted"]
 
     with _replaced(integration, "recorder", _Fault()):
-        uncounted = engine.start(speculative_config=engine.speculation(), **few)
+        uncounted = engine.start_exact(speculative_config=engine.speculation(), **few)
     result["inner"]["opening of the metrics' files"] = _write(uncounted) | {"raised": 1}
 
     (at_start,) = (patch for patch in patches.installed() if patch.name == AT_START)

@@ -1,9 +1,11 @@
 """Special tokens cross between vocabularies by the user's word, by role, or by text; never by accident."""
 
 import pytest
-from conftest import load_pair, load_vocabulary
+from conftest import load_pair, load_tokenizer, load_vocabulary
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
-from vllm_tokentiming.pair import VocabularyPair
+from vllm_tokentiming.pair import Vocabulary, VocabularyPair
 from vllm_tokentiming.special_tokens import Role, SpecialMap, SpecialTokens
 from vllm_tokentiming.token_bytes import TokenBytes, VocabularyKind
 
@@ -29,6 +31,8 @@ def crossing(target: SpecialTokens, draft: SpecialTokens, **overrides) -> tuple[
 LLAMA2 = special("<unk>", "<s>", "</s>", bos="<s>", eos="</s>")
 QWEN = special("<|endoftext|>", "<|im_start|>", "<|im_end|>", eos="<|im_end|>", first_id=100)
 GPT2 = special("<|endoftext|>", bos="<|endoftext|>", eos="<|endoftext|>", first_id=50)
+SMOLLM2 = special("<|endoftext|>", "<|im_start|>", "<|im_end|>", bos="<|im_start|>", eos="<|im_end|>", first_id=30)
+LLAMA3 = special("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|eot_id|>", bos="<|begin_of_text|>")
 BERT = special("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", first_id=20)
 
 
@@ -48,6 +52,14 @@ def test_an_end_of_turn_that_is_configured_as_the_end_leaves_both_roles_to_their
 
 def test_a_token_that_both_begins_and_ends_a_text_only_ends_it():
     assert GPT2.by_role == {Role.END: 50}
+
+
+def test_a_token_that_begins_a_turn_does_not_begin_a_text_whatever_the_configuration_says():
+    assert SMOLLM2.by_role == {Role.END: 30, Role.START_OF_TURN: 31, Role.END_OF_TURN: 32}
+    to_draft, to_target = crossing(LLAMA3, SMOLLM2)
+    starts = {"<|start_header_id|>": "<|im_start|>"}
+    assert to_draft == {"<|end_of_text|>": "<|endoftext|>", "<|eot_id|>": "<|im_end|>"} | starts
+    assert to_target == {draft_text: target_text for target_text, draft_text in to_draft.items()}
 
 
 def test_a_vocabulary_without_special_tokens_has_no_roles():
@@ -164,9 +176,38 @@ def test_a_padded_head_has_as_many_rows_as_it_says_and_none_of_the_padding_may_b
     assert draftable.shape == (vocabulary.token_bytes.size + 47,) and draftable.sum() == 1
 
 
-def test_every_context_of_a_draft_begins_with_its_begin_of_text_token_if_it_has_one():
-    assert load_pair("embedded_target", "embedded_draft").draft_prefix == [1]
-    assert load_pair("embedded_draft", "embedded_target").draft_prefix == []
+# What comes before a text.
+
+
+@pytest.mark.parametrize(
+    ("draft", "texts"),
+    [
+        # What the tokenizer itself writes.
+        *((name, ["<s>"]) for name in ("llama2", "mistral_tekken")), ("bert", ["[CLS]"]),
+        # What begins a text, though the tokenizer leaves it to others to write it.
+        ("embedded_draft", ["<s>"]), ("llama3", ["<|begin_of_text|>"]),
+        # What stands between documents.
+        *((name, ["<|endoftext|>"]) for name in ("embedded_target", "gpt2", "gpt_neox_20b", "qwen2.5")),
+    ],
+)  # fmt: skip
+def test_what_comes_before_a_text_depends_on_the_drafts_tokenizer(draft, texts):
+    pair = load_pair("embedded_target", draft)
+    assert [pair.draft.token_bytes.special[i] for i in pair.draft_prefix] == texts
+
+
+def test_a_tokenizer_may_write_more_than_one_token_before_a_text():
+    tokenizer = Tokenizer.from_str(load_tokenizer("embedded_draft").to_str())
+    tokenizer.post_processor = TemplateProcessing(single="</s> <s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    pair = VocabularyPair.of(load_vocabulary("embedded_target"), Vocabulary.of(tokenizer))
+    assert pair.draft_prefix == [2, 1]
+
+
+def test_an_end_that_ends_messages_does_not_separate_documents():
+    def render(chat, ask):
+        return "".join(f"{m['role']}: {m['content']}<|endoftext|>" for m in chat) + "assistant: " * ask
+
+    ends = Vocabulary.of(load_tokenizer("embedded_target"), render=render)
+    assert VocabularyPair.of(load_vocabulary("embedded_draft"), ends).draft_prefix == []
 
 
 @pytest.mark.parametrize(("target", "draft"), [("llama3", "qwen2.5"), ("qwen2.5", "llama3")])

@@ -1,8 +1,9 @@
 """Per request: the committed target tokens, as the draft reads them.
 
 **Contract.** ``draft_ids`` spells the bytes of every committed target token, in the draft's own canonical
-tokenization (after its begin-of-text token). Special tokens cross by role, and what a chat template writes around
-messages becomes what the draft's writes there (``turns.py``); nothing is replaced by ``unk``.
+tokenization, after what the draft reads before every text (``VocabularyPair.draft_prefix``). Special tokens cross by
+role, and what a chat template writes around messages becomes what the draft's writes there (``turns.py``); nothing is
+replaced by ``unk``.
 
 **Incremental.** Only the open end is encoded again when target tokens arrive: the bytes since the last point where
 the draft's tokenizer cuts whatever follows. So a step costs the same however long the context is.
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 
 from vllm_tokentiming.pair import VocabularyPair
 from vllm_tokentiming.retokenize import Proxy, align, aligned_draft_tokens
+from vllm_tokentiming.turns import FIRST, Match
 
 
 @dataclass(frozen=True)
@@ -36,18 +38,19 @@ class DraftContext:
     """The draft's view of one request.
 
     Attributes:
-        draft_ids: The committed context, as draft ids.
+        draft_ids: The committed context, as draft ids; empty before the first commit.
         num_target: How many target tokens it stands for.
     """
 
-    __slots__ = ("_pair", "_settled", "_tail", "draft_ids", "num_target")
+    __slots__ = ("_pair", "_role", "_settled", "_tail", "draft_ids", "num_target")
 
     def __init__(self, pair: VocabularyPair) -> None:
-        """Begin with an empty context, which is the draft's begin-of-text token if it has one."""
+        """Begin with an empty context."""
         self._pair = pair
-        self.draft_ids = pair.draft_prefix
+        self.draft_ids: list[int] = []
         self.num_target = 0
-        self._settled = len(self.draft_ids)  # Draft ids before this one can no longer change.
+        self._role = FIRST  # Whose message the context ends in, as far as the boundaries of messages were known.
+        self._settled = 0  # Draft ids before this one can no longer change.
         self._tail = b""  # The bytes that the draft ids from there on spell.
 
     @property
@@ -92,18 +95,17 @@ class DraftContext:
     def _append(self, target_ids: Sequence[int]) -> None:
         target_bytes, special = self._pair.target.token_bytes, self._pair.special
         data = bytearray(self._tail)
+        begins = 0 < self.num_target == len(target_ids)
         index = 0
         while index < len(target_ids):
-            target_id, num_matched = target_ids[index], 1
-            if target_id not in target_bytes.special:
+            target_id, num_matched, match = target_ids[index], 1, None
+            if target_id in target_bytes.special or (begins and index == 0):
+                match = self._pair.turns.match(target_ids, index, data, self._role, target_bytes)
+            if match is not None:
+                num_matched = match.num_target
+                self._read(match, data)
+            elif target_id not in target_bytes.special:
                 data += target_bytes[target_id]
-            elif (boundary := self._pair.turns.match(target_ids, index)) is not None:
-                num_matched, read = boundary
-                for piece in read:
-                    if isinstance(piece, bytes):
-                        data += piece
-                    else:
-                        self._add_special(piece, data)
             elif (counterpart := special.to_draft.get(target_id)) is not None:
                 self._add_special(counterpart, data)
             elif special.unmapped == "text" and target_id not in special.dropped:
@@ -113,6 +115,22 @@ class DraftContext:
         self.draft_ids[self._settled :] = encoded.ids
         self._settled += encoded.settled_ids
         self._tail = bytes(data[encoded.settled_bytes :])
+        if begins and not self._pair.is_chat(self.draft_ids):
+            prefix = self._pair.draft_prefix
+            if self.draft_ids[: len(prefix)] != prefix:
+                self.draft_ids[:0] = prefix
+                self._settled += len(prefix)
+
+    def _read(self, match: Match, data: bytearray) -> None:
+        boundary = match.boundary
+        del data[len(data) - len(boundary.target_end) :]
+        for piece in boundary.read:
+            if isinstance(piece, bytes):
+                data += piece
+            else:
+                self._add_special(piece, data)
+        data += match.rest
+        self._role = boundary.after
 
     def _add_special(self, draft_id: int, data: bytearray) -> None:
         self._close(bytes(data))

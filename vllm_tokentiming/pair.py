@@ -5,8 +5,9 @@ Imports neither torch nor vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, Literal
 
 import numpy as np
@@ -27,12 +28,14 @@ class Vocabulary:
         encoder: Bytes to ids.
         special: Special tokens by role.
         turns: What the chat template writes around messages (``turns.boundaries``).
+        added: Special ids that the tokenizer itself writes before every text.
     """
 
     token_bytes: TokenBytes
     encoder: Encoder
     special: SpecialTokens
     turns: Mapping[str, str] = field(default_factory=dict)
+    added: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -54,9 +57,17 @@ class Vocabulary:
         """
         token_bytes = TokenBytes.from_tokenizer(tokenizer, head_size)
         special = SpecialTokens.of(token_bytes, bos_id, eos_id)
-        return cls(
-            token_bytes, make_encoder(tokenizer, token_bytes), special, {} if render is None else boundaries(render)
-        )
+        turns = {} if render is None else boundaries(render)
+        added = tuple(takewhile(token_bytes.special.__contains__, tokenizer.encode("a").ids))
+        return cls(token_bytes, make_encoder(tokenizer, token_bytes), special, turns, added)
+
+    @property
+    def separator(self) -> int | None:
+        """The special token between two documents: the end of a text, unless a chat's messages end with it."""
+        end = self.special.by_role.get(Role.END)
+        if end is None or any(self.token_bytes.special[end] in text for text in self.turns.values()):
+            return None
+        return end
 
 
 @dataclass(frozen=True)
@@ -116,13 +127,28 @@ class VocabularyPair:
         special = SpecialMap.between(target.special, draft.special, overrides or {}, unmapped)
         turns = Turns()
         if own_turns:
-            turns = Turns.between(
-                target.turns, draft.turns, target.special.by_text, draft.special.by_text, target.encoder
-            )
+            turns = Turns.between(target.turns, draft.turns, target.special.by_text, draft.special.by_text)
         return cls(target, draft, special, window, turns)
 
     @property
     def draft_prefix(self) -> list[int]:
-        """What every context of the draft begins with: its begin-of-text token, if it has one."""
-        begin = self.draft.special.by_role.get(Role.BEGIN)
-        return [] if begin is None else [begin]
+        """What the draft reads before a text.
+
+        What the draft's tokenizer itself writes there (Llama's begin-of-text token, ChatGLM's two). Else the token
+        that its configuration or its text makes the begin of a text, which many tokenizers leave to whoever uses them.
+        Else the separator of documents (``<|endoftext|>`` of GPT-2, Qwen, SmolLM2), after which texts began when the
+        draft was trained.
+        """
+        if self.draft.added:
+            return list(self.draft.added)
+        first = self.draft.special.by_role.get(Role.BEGIN, self.draft.separator)
+        return [] if first is None else [first]
+
+    def is_chat(self, draft_ids: Sequence[int]) -> bool:
+        """Whether a context begins with the start of a turn, and so as chats did when the draft was trained.
+
+        A separator of documents before it makes the draft guess worse. What the tokenizer adds, and a begin of text,
+        come before chats, too.
+        """
+        start_of_turn = self.draft.special.by_role.get(Role.START_OF_TURN)
+        return list(draft_ids[:1]) == [start_of_turn] and self.draft_prefix == [self.draft.separator]

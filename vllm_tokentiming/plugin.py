@@ -133,6 +133,15 @@ def _refuse_early(
             "tokentiming does not work with pipeline parallelism yet; set --pipeline-parallel-size to 1 and use tensor "
             "parallelism instead."
         )
+    from vllm.platforms import current_platform
+
+    if target_model_config.has_inner_state and current_platform.is_cpu():
+        # Of 0.32.0: `causal_conv1d_update_cpu` takes no notice of `num_accepted_tokens`.
+        raise SettingsError(
+            f"tokentiming cannot speed up {target_model_config.model!r} on a CPU: its layers keep a running state, "
+            "which vLLM on CPUs does not take back when a proposal is rejected, so that any speculation changes the "
+            "text; use a GPU or leave --speculative-config out."
+        )
     from vllm_tokentiming.draft.vllm_config import draft_model_config
     from vllm_tokentiming.vocabularies import load_pair
 

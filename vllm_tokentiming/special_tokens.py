@@ -65,7 +65,8 @@ class SpecialTokens:
 
         Returns:
             The roles. A vocabulary that uses one token to begin and to end a text (GPT-2) has no ``BEGIN``, since
-            a reader of such a token cannot tell which is meant.
+            a reader of such a token cannot tell which is meant; nor has one that calls the start of a turn its
+            ``bos_token`` (SmolLM2-Instruct), since that begins a message, and not a text.
         """
         by_role: dict[Role, int] = {}
         for token_id, text in token_bytes.special.items():
@@ -73,7 +74,7 @@ class SpecialTokens:
                 by_role.setdefault(role, token_id)
         if eos_id is not None and by_role.get(Role.END_OF_TURN) != eos_id:
             by_role[Role.END] = eos_id
-        if bos_id is not None:
+        if bos_id is not None and bos_id != by_role.get(Role.START_OF_TURN):
             by_role[Role.BEGIN] = bos_id
         if by_role.get(Role.BEGIN) == by_role.get(Role.END):
             by_role.pop(Role.BEGIN, None)

@@ -7,14 +7,11 @@ every rank has the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from vllm_tokentiming.draft.model import DraftModel, Span
 from vllm_tokentiming.draft.sampling import draw, uniforms
 from vllm_tokentiming.pair import VocabularyPair
-from vllm_tokentiming.special_tokens import Role
 
 _NUM_TEXTS = 32
 _NUM_TOKENS = 256
@@ -55,6 +52,4 @@ def write_texts(model: DraftModel, pair: VocabularyPair) -> list[list[int]]:
 
 
 def _first(pair: VocabularyPair) -> int:
-    by_role = pair.draft.special.by_role
-    opening: Sequence[int] = [by_role[role] for role in (Role.BEGIN, Role.END) if role in by_role]
-    return opening[0] if opening else pair.draft.encoder.encode(b"\n")[0]
+    return (pair.draft_prefix or pair.draft.encoder.encode(b"\n"))[-1]

@@ -75,15 +75,22 @@ def draft_vllm_config(vllm_config: VllmConfig, settings: TokenTimingConfig) -> V
         A configuration of its own: nothing that vLLM writes into it reaches the target's.
     """
     model_config = draft_model_config(settings, vllm_config.model_config)
-    compilation_config = copy.deepcopy(vllm_config.compilation_config)
-    # Attention layers register themselves there, and the target's KV cache groups are read from there.
+    # Layers register themselves there. They are the target's by now, so they must neither be copied (experts take
+    # gigabytes, and some parameters cannot be copied) nor be taken for the draft's.
+    compilation_config = copy.copy(vllm_config.compilation_config)
     compilation_config.static_forward_context = {}
+    compilation_config.static_all_moe_layers = []
+    compilation_config = copy.deepcopy(compilation_config)
     scheduler_config = copy.copy(vllm_config.scheduler_config)
     # One block table for all layers: windowed layers then keep more than they need, in a cache that is small anyway.
     scheduler_config.disable_hybrid_kv_cache_manager = True
     cache_config = copy.copy(vllm_config.cache_config)
     cache_config.kv_cache_layout = None
     cache_config.num_gpu_blocks_override = None  # Meant for the target's cache; ours has its own size.
+    # Set for the running state of a hybrid target; vLLM refuses some of it for a draft that has none.
+    cache_config.mamba_cache_mode = "none"
+    cache_config.mamba_block_size = cache_config.mamba_page_size_padded = None
+    cache_config.use_replayssm = False
     return replace(
         vllm_config,
         model_config=model_config,
