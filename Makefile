@@ -12,7 +12,15 @@ TOKENTIMING_DATA ?= $(abspath $(wildcard ../shared/data))
 TEST_ENV = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=WARNING VLLM_NO_USAGE_STATS=1 \
 	$(if $(TOKENTIMING_DATA),TOKENTIMING_DATA="$(TOKENTIMING_DATA)")
 
-.PHONY: setup demo test lint clean distclean
+# What users have: vLLM's own numbers of threads and requests, compiled, the models' own type (benchmarks/conditions.py).
+BENCH = TOKENTIMING_DATA="$(TOKENTIMING_DATA)" $(BIN)/python benchmarks
+# A published pair comes first in the report: folders with `config.json`, weights and tokenizer, and a name.
+PUBLISHED_TARGET ?=
+PUBLISHED_DRAFT ?=
+PUBLISHED_PAIR ?= $(notdir $(PUBLISHED_TARGET)) <- $(notdir $(PUBLISHED_DRAFT))
+MEASURED = kernels overhead acceptance greedy speed draft_step $(if $(PUBLISHED_TARGET),acceptance_published)
+
+.PHONY: setup demo test lint clean distclean results report $(MEASURED:%=results-%)
 
 setup: $(READY)
 
@@ -32,6 +40,37 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+results: $(MEASURED:%=results-%)  # A compact set; one part alone: make results-kernels. With -k, whatever works.
+	$(MAKE) report
+
+report:
+	$(BIN)/python benchmarks/report.py
+
+$(MEASURED:%=results-%): | $(READY)
+
+results-kernels:
+	$(BENCH)/kernels.py --samples 12 --rounds 2
+
+results-overhead:
+	$(BENCH)/overhead.py --steps 30
+	$(BENCH)/overhead.py --steps 30 --batch 8 --name overhead_batch
+
+results-acceptance:
+	$(BENCH)/acceptance.py
+
+results-acceptance_published:
+	$(BENCH)/acceptance.py --target "$(PUBLISHED_TARGET)" --draft "$(PUBLISHED_DRAFT)" --pair "$(PUBLISHED_PAIR)" \
+		--name acceptance_published --num-prompts 48 --tokens 48
+
+results-greedy:  # In float32, where greedy output has to be plain decoding's.
+	$(BENCH)/acceptance.py --dtype float32 --temperatures 0 --num-prompts 64 --name greedy
+
+results-speed:
+	$(BENCH)/suite.py --grid short --fresh
+
+results-draft_step:
+	$(BENCH)/draft_step.py --repetitions 2
 
 clean:  # What was built; the installed environment stays.
 	rm -rf build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache $(READY)
