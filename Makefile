@@ -18,9 +18,12 @@ BENCH = TOKENTIMING_DATA="$(TOKENTIMING_DATA)" $(BIN)/python benchmarks
 PUBLISHED_TARGET ?=
 PUBLISHED_DRAFT ?=
 PUBLISHED_PAIR ?= $(notdir $(PUBLISHED_TARGET)) <- $(notdir $(PUBLISHED_DRAFT))
+PUBLISHED = --target "$(PUBLISHED_TARGET)" --draft "$(PUBLISHED_DRAFT)" --pair "$(PUBLISHED_PAIR)"
 MEASURED = kernels overhead acceptance greedy speed draft_step $(if $(PUBLISHED_TARGET),acceptance_published)
+# Longer ones, which are asked for by name: make results-soak.
+LONG = speed_published serving scaling exactness pairs soak
 
-.PHONY: setup demo test lint clean distclean results report $(MEASURED:%=results-%)
+.PHONY: setup demo test lint clean distclean results report $(MEASURED:%=results-%) $(LONG:%=results-%)
 
 setup: $(READY)
 
@@ -47,7 +50,11 @@ results: $(MEASURED:%=results-%)  # A compact set; one part alone: make results-
 report:
 	$(BIN)/python benchmarks/report.py
 
-$(MEASURED:%=results-%): | $(READY)
+$(MEASURED:%=results-%) $(LONG:%=results-%) report: | $(READY) .venv/benchmarks
+
+.venv/benchmarks: | $(READY)  # Pictures, and what the kernels are held against.
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[benchmarks]"
+	@touch $@
 
 results-kernels:
 	$(BENCH)/kernels.py --samples 12 --rounds 2
@@ -60,17 +67,37 @@ results-acceptance:
 	$(BENCH)/acceptance.py
 
 results-acceptance_published:
-	$(BENCH)/acceptance.py --target "$(PUBLISHED_TARGET)" --draft "$(PUBLISHED_DRAFT)" --pair "$(PUBLISHED_PAIR)" \
-		--name acceptance_published --num-prompts 48 --tokens 48
+	$(BENCH)/acceptance.py $(PUBLISHED) --name acceptance_published --num-prompts 24 --group 4 --tokens 32 \
+		--temperatures 0 0.8
 
 results-greedy:  # In float32, where greedy output has to be plain decoding's.
-	$(BENCH)/acceptance.py --dtype float32 --temperatures 0 --num-prompts 64 --name greedy
+	$(BENCH)/acceptance.py --dtype float32 --temperatures 0 --num-prompts 64 --name greedy \
+		--methods plain "ngram (vLLM)" "tli (vLLM)" slem tokentiming
 
 results-speed:
 	$(BENCH)/suite.py --grid short --fresh
 
 results-draft_step:
 	$(BENCH)/draft_step.py --repetitions 2
+
+results-speed_published:
+	$(BENCH)/suite.py --grid short --fresh $(PUBLISHED) --name speed_published --ratios 0 --groups 6 --tokens 32 \
+		--concurrencies 1 --methods plain "tli (vLLM)" slem tokentiming
+
+results-serving:
+	$(BENCH)/serving.py --target benchmarks/results/models/target-ratio-20
+
+results-scaling:
+	$(BENCH)/scaling.py
+
+results-exactness:
+	$(BENCH)/exactness.py --quick
+
+results-pairs:
+	$(BENCH)/pairs.py --tokenizers "$(TOKENTIMING_DATA)/tokenizers" --texts "$(TOKENTIMING_DATA)/multilingual"
+
+results-soak:
+	$(BENCH)/soak.py --texts "$(TOKENTIMING_DATA)"
 
 clean:  # What was built; the installed environment stays.
 	rm -rf build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache $(READY)

@@ -114,7 +114,7 @@ _IN_VLLM = (PLAIN, "ngram (vLLM)", "tli (vLLM)", "slem", "tli", OURS)
 _POOL = ("heldout",)
 GRIDS = {
     "tiny": Grid((0,), (PLAIN, OURS), (5,), (1, 2), (0.0, 0.8), _POOL, _POOL, repetitions=1, groups=2, tokens=8),
-    "short": Grid((20,), _IN_VLLM, (5,), (1, 8), (0.0, 0.8), _POOL, _POOL, repetitions=2, groups=8),
+    "short": Grid((20,), _IN_VLLM, (5,), (1, 8), (0.0, 0.8), _POOL, _POOL, repetitions=1, groups=12),
     "default": Grid(
         (20, 5, 50), (*_IN_VLLM, *TRANSFORMERS_METHODS), (5,), (1, 8), (0.0, 0.8),
         (*_POOL, "gsm8k", "humaneval"), _POOL, repetitions=2, groups=20,

@@ -314,6 +314,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="timed steps of each simulation")
     parser.add_argument("--warm-up", type=int, default=10, help="steps before those")
     parser.add_argument("--batch", type=int, default=1, help="requests in a step; what it costs is shared between them")
+    parser.add_argument("--threads", type=int, default=1, help="of tensor work; one is what vLLM takes on two cores")
     parser.add_argument("--skip-tensors", action="store_true", help="the host's part alone, as beside a GPU")
     parser.add_argument("--name", default="overhead", help="of the data file")
     parser.add_argument("--out", type=Path, default=DATA, help="folder of the data file")
@@ -321,6 +322,7 @@ def main() -> None:
     if args.data is None:
         parser.error("--data, or TOKENTIMING_DATA, must name a folder with tokenizers/ and corpus/")
     args.data = Path(args.data)
+    torch.set_num_threads(args.threads)
     running = [
         found for names in args.pairs for found in simulations(args.data, names, args.steps + args.warm_up, args.batch)
     ]

@@ -43,7 +43,8 @@ def origin(found: Mapping[str, Any]) -> str:
         condition if len(alike) == 1 else f"{', '.join(names)}: {condition}" for condition, names in alike.items()
     ]
     if "threads" in found.get("settings", {}):
-        words.append(f"{found['settings']['threads']} threads")
+        threads = found["settings"]["threads"]
+        words.append(f"{threads} thread{'s' * (threads != 1)}")
     versions = made["versions"]
     if "vllm" in versions and (words or "departures" in found):
         words.append(f"vLLM {versions['vllm']}")

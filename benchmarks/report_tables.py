@@ -120,8 +120,10 @@ def overhead(found: Data) -> str:
     rows = found["rows"]
     phases = list(dict.fromkeys(phase for row in rows for phase in row["us"]))
     lines = [(row["pair"], row["mode"], *(spread(row["us"][phase]) for phase in phases)) for row in rows]
+    batch = found["settings"]["batch"]
+    whose = "a request alone" if batch == 1 else f"each of {batch} requests in a step"
     return (
-        f"Microseconds for each of {found['settings']['batch']} requests in a step: medians with quartiles.\n\n"
+        f"Microseconds a step for {whose}: medians with quartiles.\n\n"
         + table(("pair", "mode", *phases), lines)
         + origin(found)
     )

@@ -65,8 +65,9 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Threads, and quartiles of each part, in microseconds for a request and step, at every point.
 
     Args:
-        job: `data`, `steps`, `warm_up`, and whether to `skip_tensors`.
+        job: `data`, `steps`, `warm_up`, `threads`, and whether to `skip_tensors`.
     """
+    torch.set_num_threads(job["threads"])
     text = text_of(Path(job["data"]), TEXTS["English"], 60_000)
     pairs = {size: pair_of(size) for size in AXES["vocabulary"]}
     running = [simulation(pairs[p["at"]["vocabulary"]], p["at"], text, p["mode"] == "sampled") for p in POINTS]
@@ -95,11 +96,12 @@ def main() -> None:
     parser.add_argument("--data", default=os.environ.get("TOKENTIMING_DATA"))
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each point")
     parser.add_argument("--warm-up", type=int, default=3, help="steps before those")
+    parser.add_argument("--threads", type=int, default=1, help="of tensor work; one is what vLLM takes on two cores")
     parser.add_argument("--out", type=Path, default=DATA, help="folder of the data file")
     args = parser.parse_args()
     if args.data is None:
         parser.error("--data, or TOKENTIMING_DATA, must name a folder with corpus/")
-    job = {"data": args.data, "steps": args.steps, "warm_up": args.warm_up}
+    job = {"data": args.data, "steps": args.steps, "warm_up": args.warm_up, "threads": args.threads}
     host, tensors = (run_python("scaling.py", {**job, "skip_tensors": skip}) for skip in (True, False))
     results = [
         {**point, "us": {**there, "host": here["host"]}}
