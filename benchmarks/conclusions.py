@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 
 import numpy as np
-from likelihood import standard_errors
+from grid import OURS
 from results import Case, Measured
 
-OURS = "tokentiming"
-CLOCKS = {"seconds": "seconds that passed", "cpu_seconds": "the process's seconds on a processor"}
-UNDISTURBED, TOLERATED = 0.9, 0.05  # Least share of the time on a processor; groups below it that are put up with.
+DISTURBED, TOLERATED = 0.1, 0.05  # Share of the machine that others take; groups above it that are put up with.
 FURTHEST = 5.0  # Standard errors between two means of log-likelihood; one of a million is further by chance.
 
 
@@ -37,22 +35,27 @@ def against_peers(measured: Sequence[Measured], main: Case) -> list[str]:
         rows = [(s, m.method) for m in lawful if is_main(m, measured) and m.case == case and (s := m.speedup())]
         ranked = ", ".join(f"{method} {s}" for s, method in sorted(rows, key=lambda row: -row[0].value))
         if ranked:
-            sentences.append(
-                f"{case.workload}, T = {temperature:g}, cost ratio {case.ratio:g}, batch {case.concurrency}: {ranked}."
-            )
+            sentences.append(f"{case.workload}, T = {temperature:g}, {case.cost}, batch {case.concurrency}: {ranked}.")
     return sentences
 
 
-def losslessness(measured: Sequence[Measured]) -> list[str]:
+def losslessness(measured: Sequence[Measured], dtype: str) -> list[str]:
     """Sentences: how many greedy outputs were plain decoding's, and which were not."""
-    checked = [(m, row["lossless"]) for m in measured for row in m.rows if "lossless" in row]
+    checked = [(m, row) for m in measured for row in m.rows if "different" in row]
     if not checked:
         return ["No greedy row has been compared with plain decoding."]
-    same, of = (sum(found[name] for _, found in checked) for name in ("same", "of"))
-    sentences = [f"{same:,} of {of:,} greedy outputs are plain decoding's, token by token (float32)."]
-    for m, found in checked:
-        if found["same"] < found["of"]:
-            sentences.append(f"**Not lossless:** {m.label}: {found['of'] - found['same']} of {found['of']} differ.")
+    different, outputs = (sum(row[name] for _, row in checked) for name in ("different", "outputs"))
+    sentence = f"{outputs - different:,} of {outputs:,} greedy outputs are plain decoding's, token by token"
+    if dtype == "float32" or not different:
+        sentences = [f"{sentence} ({dtype})."]
+    else:
+        return [
+            f"{sentence}. The others leave it where two tokens are nearly as likely: in {dtype} a pass of several "
+            "tokens rounds otherwise than a pass of one."
+        ]
+    for m, row in checked:
+        if row["different"]:
+            sentences.append(f"**Not lossless:** {m.label}: {row['different']} of {row['outputs']} differ.")
     return sentences
 
 
@@ -70,18 +73,16 @@ def loops_sentence(measured: Sequence[Measured]) -> str:
     )
 
 
-def disturbance(measured: Sequence[Measured], clock: str) -> list[str]:
-    """Sentences: whether other load took the processor away while it was measured."""
-    shares = np.array([share for m in measured for share in m.undisturbed()])
-    disturbed = (shares < UNDISTURBED).mean()
-    sentences = [f"Times are {CLOCKS[clock]}."]
-    if disturbed > TOLERATED:
-        sentences.append(
-            f"**The machine was busy with other work:** in {disturbed:.0%} of the measured groups the process had a "
-            f"processor for less than {UNDISTURBED:.0%} of the time"
-            + (", so these speed-ups are not to be trusted." if clock == "seconds" else ".")
-        )
-    return sentences
+def disturbance(measured: Sequence[Measured]) -> list[str]:
+    """Sentences: whether other processes had the machine while it was measured."""
+    shares = np.array([share for m in measured for share in m.others()])
+    disturbed = (shares > DISTURBED).mean()
+    if disturbed <= TOLERATED:
+        return []
+    return [
+        f"**The machine was busy with other work:** in {disturbed:.0%} of the measured groups other processes took "
+        f"more than {DISTURBED:.0%} of it, so these speed-ups are not to be trusted."
+    ]
 
 
 def is_main(m: Measured, measured: Sequence[Measured]) -> bool:
@@ -105,6 +106,12 @@ def scores(measured: Sequence[Measured]) -> dict[tuple[str, float], tuple[list[f
                 own += row["log_likelihoods"]
                 expected += plain["log_likelihoods"]
     return found
+
+
+def standard_errors(found: list[float], plain: list[float]) -> float:
+    """How far two means of log-likelihoods are apart, in standard errors."""
+    variance = sum(np.var(values, ddof=1) / len(values) for values in (found, plain))
+    return float((np.mean(found) - np.mean(plain)) / variance**0.5)
 
 
 def is_lawful(own: list[float], expected: list[float]) -> bool:

@@ -1,92 +1,112 @@
 """What a draft step costs here and in vLLM's own method, with the same draft model, batch and text.
 
-    python benchmarks/draft_step.py --draft DIR --out draft_step.json
+    python benchmarks/draft_step.py
 
-DIR is a draft with the target's own tokenizer, which both can run (`same_vocab_draft.py`). Engines of both kinds take
-turns, each in a process of its own. What is compared is all that a proposer does in a step, divided by its passes of
-the draft: model, bookkeeping, and what is added over the vocabulary. Greedy, so both write the same drafts.
+The draft has the target's own tokenizer, so both can run it: by default one with the embedded draft's body and random
+weights, since what a step costs does not depend on what the draft knows. Engines of both kinds take turns, each in a
+process of its own. What is compared is all that a proposer does in a step, divided by its passes of the draft: model,
+bookkeeping, and what is added over the vocabulary. Greedy, so both write the same drafts.
 """
 
 import argparse
-import json
-import statistics
-import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from pass_times import run_python
-from provenance import provenance
+from conditions import add_options, answer, conditions, departures, engine_of, run_python, start
+from provenance import DATA, ROOT, provenance, write_data
 
-PROPOSALS, TOKENS = 5, 96
+PROPOSALS = 5
 METHODS: dict[str, dict[str, Any]] = {
     "tokentiming": {"method": "tokentiming", "adaptive_length": False},
     "draft_model (vLLM)": {"method": "draft_model"},
 }
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of drafting per pass of the draft, and of the pass alone, in one engine."""
+    """By batch, seconds of drafting per pass of the draft, and of the pass alone, in one engine."""
     from phases import Phases
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
     speculative = {**job["speculative"], "model": job["draft"], "num_speculative_tokens": PROPOSALS}
-    llm = LLM(
-        job["target"],
-        dtype="float32",
-        max_model_len=512,
-        max_num_seqs=job["batch"],
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        speculative_config=speculative,
-        disable_log_stats=False,
-    )
-    prompts = [f"{i} children went to the market and" for i in range(job["batch"])]
-    parameters = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
-    phases = Phases(llm)
-    llm.generate(prompts, parameters, use_tqdm=False)
-    phases.take()
-    llm.generate(prompts, parameters, use_tqdm=False)
-    found = phases.take()
-    passes = found["draft pass"]
-    return {
-        "per_pass": found["drafting"]["seconds"] / passes["calls"],
-        "model_alone": passes["median"],
-        "passes_per_step": passes["calls"] / found["drafting"]["calls"],
-    }
+    llm = start(job["target"], speculative, job["engine"])
+    parameters = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False)
+    phases, batches = Phases(llm), {}
+    for batch in job["batches"]:
+        prompts = [f"{i} children went to the market and" for i in range(batch)]
+        llm.generate(prompts, parameters, use_tqdm=False)  # Warm-up
+        phases.take()
+        llm.generate(prompts, parameters, use_tqdm=False)
+        found = phases.take()
+        passes = found["draft pass"]
+        batches[str(batch)] = {
+            "per_pass": found["drafting"]["seconds"] / passes["calls"],
+            "model_alone": passes["median"],
+            "passes_per_step": passes["calls"] / found["drafting"]["calls"],
+        }
+    return {"conditions": conditions(llm), "batches": batches}
+
+
+def random_draft(target: Path, body: Path, folder: Path) -> Path:
+    """Write a draft with one model's tokenizer and another one's shape; its weights are random.
+
+    Args:
+        target: Whose tokenizer is taken.
+        body: Whose shape is taken.
+        folder: Where to.
+
+    Returns:
+        The folder.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, config = AutoTokenizer.from_pretrained(target), AutoConfig.from_pretrained(body)
+    config.vocab_size = AutoConfig.from_pretrained(target).vocab_size
+    config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
+    config.pad_token_id = None
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def main() -> None:
-    """Measure both in turns, and print the ratios of neighbours."""
-    if "--job" in sys.argv:
-        path = Path(sys.argv[sys.argv.index("--job") + 1])
-        path.with_suffix(".result").write_text(json.dumps(measure(json.loads(path.read_text()))))
+    """Measure both in turns, and write the data file."""
+    if answer(measure):
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", default=str(ROOT / "examples/models/target"))
-    parser.add_argument("--draft", required=True, help="with the target's tokenizer")
+    parser.add_argument("--target", type=Path, default=ROOT / "examples/models/target")
+    parser.add_argument("--body", type=Path, default=ROOT / "examples/models/draft", help="the random draft's shape")
+    parser.add_argument("--draft", type=Path, help="instead of a random one; with the target's tokenizer")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--out", type=Path, default=DATA, help="folder of the data file")
+    add_options(parser)
     options = parser.parse_args()
-    results: dict[int, dict[str, list[dict[str, Any]]]] = {}
-    for batch in options.batches:
-        rows: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
+    rows, found = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        draft = options.draft or random_draft(options.target, options.body, Path(folder))
+        job = {
+            "target": str(options.target), "draft": str(draft), "batches": options.batches, "tokens": options.tokens,
+            "engine": engine_of(options),
+        }  # fmt: skip
         for repetition in range(options.repetitions):
             for name in list(METHODS)[:: 1 if repetition % 2 else -1]:
-                job = {"target": options.target, "draft": options.draft, "batch": batch, "speculative": METHODS[name]}
-                rows[name].append(run_python("draft_step.py", job))
-        results[batch] = rows
-        ours, theirs = ([row["per_pass"] for row in rows[name]] for name in METHODS)
-        ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
-        print(
-            f"batch {batch}: microseconds per draft step {1e6 * statistics.median(ours):.0f} here,"
-            f" {1e6 * statistics.median(theirs):.0f} in vLLM's method;"
-            f" ratio {statistics.median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]",
-            flush=True,
-        )
-    if options.out:
-        options.out.write_text(json.dumps({"provenance": provenance(), "results": results}, indent=1))
+                result = run_python("draft_step.py", {**job, "speculative": METHODS[name]})
+                found[name] = result["conditions"]
+                for batch, values in result["batches"].items():
+                    rows.append({"method": name, "batch": int(batch), "repetition": repetition, **values})
+                    print(f"{name}, batch {batch}: {1e6 * values['per_pass']:.0f} µs a draft pass", flush=True)
+    content = {
+        "provenance": provenance(),
+        "departures": departures(engine_of(options)),
+        "conditions": found,
+        "draft": options.draft.name if options.draft else "random weights",
+        "rows": rows,
+    }
+    write_data(options.out / "draft_step.json", content)
 
 
 if __name__ == "__main__":

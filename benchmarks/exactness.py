@@ -1,6 +1,6 @@
 """Measures that sampled output with speculation is distributed exactly as the target alone would write it.
 
-    python benchmarks/exactness.py --out exactness.jsonl [--quick] [--settings REGEX]
+    python benchmarks/exactness.py [--quick] [--settings REGEX]
 
 For each setting a vLLM engine writes many outputs of the same prompt with a toy pair (`toy.py`), and the
 counts of the first tokens, alone and jointly, are held against the target's law, enumerated cell by cell
@@ -19,7 +19,8 @@ ratio, up or down (Cauchy-Schwarz), and that one is assumed.
 proposal probabilities spoilt in this process, once in all rows, and once each in the rows that are computed
 another way.
 
-One JSON object per line; the first has the provenance of all.
+The engines compute in float32, since that is what the law is enumerated in, with one thread, since the models are tiny;
+they are compiled, as a user's are, unless `--enforce-eager` says otherwise.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from typing import Any
 import numpy as np
 from goodness_of_fit import MARGINALS, POWER, TOTAL_VARIATION, goodness_of_fit, sequences_needed
 from hooks import rows_counted, spoilt
-from provenance import provenance
+from provenance import DATA, RAW, provenance, write_data
 from same_vocabulary import compare_acceptance, print_acceptance
 from toy import Pair, Sampling, cells, exact_law, load, make_pairs, next_token_laws, prompt_ids
 from toy_engine import MAX_TOKENS, engine, parameters, spec_counters, write
@@ -229,7 +230,21 @@ def row_of_table(entry: Mapping[str, Any]) -> str:
     )
 
 
-def run(pairs: Mapping[str, Pair], chosen: Sequence[Setting], number: int, seed: int, report: Any) -> int:
+def reduced(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What the report needs of a measurement: its worst test, and whether that is as it should be."""
+    worst = min(entry["tests"], key=lambda test: test["p"])
+    kept = ("setting", "exact", "sequences", "sequences_needed", "tokens_per_pass", "least_p", "passed")
+    return {
+        **{name: entry[name] for name in kept},
+        "as_it_should_be": entry["as_it_should_be"],
+        "temperature": entry["sampling"]["temperature"],
+        **{name: worst[name] for name in ("tv", "tv_expected", "tv_seen")},
+    }
+
+
+def run(
+    pairs: Mapping[str, Pair], chosen: Sequence[Setting], number: int, seed: int, report: Any, **arguments: Any
+) -> int:
     """Measure settings.
 
     Args:
@@ -238,6 +253,7 @@ def run(pairs: Mapping[str, Pair], chosen: Sequence[Setting], number: int, seed:
         number: Outputs of each sampling; 0 for as many as are needed.
         seed: Of the first engine.
         report: Called with each entry.
+        arguments: Of every engine that is measured.
 
     Returns:
         How many are not as they should be.
@@ -256,7 +272,7 @@ def run(pairs: Mapping[str, Pair], chosen: Sequence[Setting], number: int, seed:
     print(f"level of each test: {level:.1e}\n{HEADER}")
     for engine_seed, alike in enumerate(by_engine(chosen), seed):
         pair = pairs[alike[0].pair]
-        with engine(pair, alike[0].speculation, engine_seed) as llm:
+        with engine(pair, alike[0].speculation, engine_seed, **arguments) as llm:
             for setting in alike:
                 for entry in measure(llm, setting, pair, level, number):
                     report({**entry, "engine_seed": engine_seed})
@@ -272,20 +288,33 @@ def run(pairs: Mapping[str, Pair], chosen: Sequence[Setting], number: int, seed:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON lines are written here")
+    parser.add_argument("--out", type=Path, default=DATA, help="folder of the data file")
+    parser.add_argument("--raw", type=Path, default=RAW / "exactness.jsonl", help="every test, as JSON lines")
+    parser.add_argument("--enforce-eager", action="store_true", help="no compilation")
     parser.add_argument("--quick", action="store_true", help="fewer settings and outputs than the power asks for")
     parser.add_argument("--settings", default="", help="only those whose name this regular expression is found in")
     parser.add_argument("--seed", type=int, default=0, help="engines take this seed and those after it")
     options = parser.parse_args()
     chosen = [s for s in SETTINGS if re.search(options.settings, s.name) and (not options.quick or s.name in QUICK)]
-    with tempfile.TemporaryDirectory() as folder, options.out.open("w") as file:
+    entries: list[Mapping[str, Any]] = []
+    options.raw.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, options.raw.open("w") as file:
 
         def report(entry: Mapping[str, Any]) -> None:
+            entries.append(entry)
             print(json.dumps(entry), file=file, flush=True)
 
-        report({**provenance(), "family_level": FAMILY_LEVEL, "total_variation": TOTAL_VARIATION, "power": POWER})
         number = QUICK_SEQUENCES if options.quick else 0
-        failures = run(make_pairs(Path(folder)), chosen, number, options.seed, report)
+        eager = options.enforce_eager
+        failures = run(make_pairs(Path(folder)), chosen, number, options.seed, report, enforce_eager=eager)
+    content = {
+        "provenance": provenance(),
+        "departures": ["computed in float32, as the law is enumerated", "one thread", *["not compiled"] * eager],
+        "levels": {"family_level": FAMILY_LEVEL, "total_variation": TOTAL_VARIATION, "power": POWER},
+        "rows": [reduced(entry) for entry in entries if "setting" in entry],
+        "others": [{k: v for k, v in entry.items() if k != "tests"} for entry in entries if "setting" not in entry],
+    }
+    write_data(options.out / "exactness.json", content)
     sys.exit(f"{failures} not as it should be" if failures else 0)
 
 

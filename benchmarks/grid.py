@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PLAIN, TRANSFORMERS_PLAIN = "plain", "plain (transformers)"
-SAME_VOCABULARY = "draft_model (vLLM), same vocabulary"
+PLAIN, OURS, TRANSFORMERS_PLAIN = "plain", "tokentiming", "plain (transformers)"
 
 # vLLM's speculative configuration of each method; a draft model and the number of proposals are added.
 VLLM_METHODS: dict[str, dict[str, Any] | None] = {
@@ -14,8 +13,8 @@ VLLM_METHODS: dict[str, dict[str, Any] | None] = {
     "tli (vLLM)": {"method": "draft_model", "use_heterogeneous_vocab": True},
     "slem": {"method": "tokentiming", "strategy": "slem"},
     "tli": {"method": "tokentiming", "strategy": "tli"},
-    "tokentiming": {"method": "tokentiming"},
-    SAME_VOCABULARY: {"method": "draft_model", "draft_sample_method": "probabilistic"},
+    "tokentiming, prior": {"method": "tokentiming", "alignment_prior": 1.0},
+    OURS: {"method": "tokentiming"},
 }
 # Outside vLLM, each against transformers' own plain generation; one request at a time.
 TRANSFORMERS_METHODS = (TRANSFORMERS_PLAIN, "universal assisted (transformers)")
@@ -29,27 +28,25 @@ def baseline(method: str) -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    """What one process measures; temperatures and workloads are rows inside.
+    """What one process measures; temperatures, batches and workloads are rows inside.
 
     Attributes:
         ratio: Cost of a target pass in draft passes; 0 for the target as it was trained.
         method: A key of `METHODS`.
         proposals: Most tokens to propose in a step; 0 for plain decoding.
-        concurrency: Requests in a batch.
         repetition: From 0.
     """
 
     ratio: float
     method: str
     proposals: int
-    concurrency: int
     repetition: int
 
     @property
     def name(self) -> str:
         """A file name."""
         method = "".join(c if c.isalnum() else "-" for c in self.method)
-        return f"r{self.ratio:g}_{method}_k{self.proposals}_c{self.concurrency}_n{self.repetition}"
+        return f"r{self.ratio:g}_{method}_k{self.proposals}_n{self.repetition}"
 
 
 @dataclass(frozen=True)
@@ -92,52 +89,45 @@ class Grid:
         A repetition measures every method before the next one begins, and each begins with another method, so that a
         machine that becomes slower or faster treats all alike.
         """
-        cases = [(ratio, self.concurrencies[0]) for ratio in self.ratios]
-        cases += [(self.ratios[0], concurrency) for concurrency in self.concurrencies[1:]]
         found = []
         for repetition in range(self.repetitions):
             shift = repetition % len(self.methods)
-            for place, (ratio, concurrency) in enumerate(cases):
+            for place, ratio in enumerate(self.ratios):
                 for method in self.methods[shift:] + self.methods[:shift]:
-                    if concurrency > 1 and method in TRANSFORMERS_METHODS:
-                        continue
                     proposals = self.proposals if place == 0 else self.proposals[:1]
                     if method == baseline(method):
                         proposals = (0,)
-                    found += [Cell(ratio, method, number, concurrency, repetition) for number in proposals]
+                    found += [Cell(ratio, method, number, repetition) for number in proposals]
         return found
 
-    def workloads_of(self, cell: Cell) -> tuple[str, ...]:
-        """The workloads that a cell measures; a baseline all that anything is held against."""
-        main = (self.ratios[0], self.concurrencies[0]) == (cell.ratio, cell.concurrency)
-        if not main or cell.proposals not in (0, self.proposals[0]):
-            return self.side_workloads
-        return (*self.side_workloads, *(name for name in self.workloads if name not in self.side_workloads))
+    def cases_of(self, cell: Cell) -> list[tuple[int, str]]:
+        """The batches and workloads that a cell measures; a baseline all that anything is held against."""
+        main = cell.ratio == self.ratios[0] and cell.proposals in (0, self.proposals[0])
+        others = [name for name in self.workloads if name not in self.side_workloads]
+        cases = [(self.concurrencies[0], name) for name in (*self.side_workloads, *(others if main else ()))]
+        if main and cell.method not in TRANSFORMERS_METHODS:
+            cases += [(number, name) for number in self.concurrencies[1:] for name in self.side_workloads]
+        return cases
 
 
-_HELDOUT = ("heldout/english_stories", "heldout/python", "heldout/russian_tinystories")
-_SPEC_BENCH = tuple(
-    f"spec-bench/{kind}" for kind in ("mt-bench", "translation", "summarization", "qa", "math_reasoning", "rag")
-)
+_IN_VLLM = (PLAIN, "ngram (vLLM)", "tli (vLLM)", "slem", "tli", OURS)
 _POOL = ("heldout",)
 GRIDS = {
-    "quick": Grid((20,), (PLAIN, "tli (vLLM)", "tokentiming"), (5,), (1,), (0.0, 0.8), _POOL, _POOL, 2, 6),
+    "tiny": Grid((0,), (PLAIN, OURS), (5,), (1, 2), (0.0, 0.8), _POOL, _POOL, repetitions=1, groups=2, tokens=8),
+    "short": Grid((20,), _IN_VLLM, (5,), (1, 8), (0.0, 0.8), _POOL, _POOL, repetitions=1, groups=12),
     "default": Grid(
-        (20, 5, 50), METHODS, (5,), (1, 4, 16), (0.0, 0.8),
-        (*_HELDOUT, "gsm8k", "humaneval", "multilingual"), _POOL, 2, 6,
-    ),
-    "full": Grid(
-        (20, 0, 5, 50), METHODS, (5, 3, 8), (1, 4, 16), (0.0, 0.6, 1.0),
-        (*_HELDOUT, "heldout/multilingual_udhr", *_SPEC_BENCH, "humaneval", "gsm8k", "multilingual"), _POOL, 4, 8,
+        (20, 5, 50), (*_IN_VLLM, *TRANSFORMERS_METHODS), (5,), (1, 8), (0.0, 0.8),
+        (*_POOL, "gsm8k", "humaneval"), _POOL, repetitions=2, groups=20,
     ),
 }  # fmt: skip
 
 
-def with_draft(method: str, proposals: int, draft: Path, same_vocabulary_draft: Path | None) -> dict[str, Any] | None:
-    """vLLM's speculative configuration of a method."""
-    settings = VLLM_METHODS[method]
-    if settings is None:
+def with_draft(method: str, proposals: int, draft: Path, **settings: Any) -> dict[str, Any] | None:
+    """vLLM's speculative configuration of a method; further settings go to ours alone."""
+    chosen = VLLM_METHODS[method]
+    if chosen is None:
         return None
-    model = same_vocabulary_draft if method == SAME_VOCABULARY else draft
-    needs_model = settings["method"] != "ngram"
-    return {**settings, "num_speculative_tokens": proposals, **({"model": str(model)} if needs_model else {})}
+    given: dict[str, Any] = {**chosen, "num_speculative_tokens": proposals}
+    if chosen["method"] != "ngram":
+        given["model"] = str(draft)
+    return {**given, **(settings if chosen["method"] == OURS else {})}

@@ -12,7 +12,7 @@ Every side's answer is compared with the kernel's before it is timed. Times are 
 time of the thread; all sides of a sample are timed in turns, and the ratios are of times taken next to each other:
 medians with quartiles.
 
-    python benchmarks/kernels.py --data DATA --out kernels.json      # needs rapidfuzz and dtw-python
+    python benchmarks/kernels.py --data DATA      # needs rapidfuzz and dtw-python
 
 DATA has `tokenizers/` and `corpus/` like the tests' (`TOKENTIMING_DATA`).
 """
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from provenance import provenance
+from provenance import DATA, provenance, write_data
 from tokenizers import Tokenizer
 
 from vllm_tokentiming.alignment import LocalCost, span_blocks_of_pieces, warp, warp_blocks
@@ -231,14 +231,14 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[8, 32, 128])
     parser.add_argument("--samples", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=DATA, help="folder of the data file")
     args = parser.parse_args()
     if args.data is None:
         parser.error("--data, or TOKENTIMING_DATA, must name a folder with tokenizers/ and corpus/")
     results = []
     print("| tokens | kernel | side | microseconds: median [quartiles] | times the kernel |\n|---|---|---|---|---|")
     for size in args.sizes:
-        places = samples(args.data, size, args.samples)
+        places = samples(Path(args.data), size, args.samples)
         for kernel, sides in measure(places, args.rounds).items():
             for name, found in sides.items():
                 (low, mid, high), (least, ratio, most) = found["us"], found["times_the_kernel"]
@@ -248,8 +248,7 @@ def main() -> None:
                     flush=True,
                 )
                 results.append({"tokens": size, "samples": len(places), "kernel": kernel, "side": name, **found})
-    if args.out:
-        args.out.write_text(json.dumps({"provenance": provenance(), "window": WINDOW, "results": results}, indent=1))
+    write_data(args.out / "kernels.json", {"provenance": provenance(), "window": WINDOW, "rows": results})
 
 
 if __name__ == "__main__":

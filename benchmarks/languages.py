@@ -3,8 +3,7 @@
     python benchmarks/languages.py prepare --out DIR
     python examples/train_pair.py --text DIR/train.txt --out DIR/pair --held-out 20 --bf16 \
         --target-tokens 5500000 --draft-tokens 11000000
-    python benchmarks/languages.py measure --pair DIR/pair --prompts DIR/prompts.json --out languages.json \
-        [--table LANGUAGES.md]
+    python benchmarks/languages.py measure --pair DIR/pair --prompts DIR/prompts.json
 
 The text is XQuAD, the same articles in twelve languages, from the folder that `TOKENTIMING_DATA` names; prompts are
 beginnings of parts of documents that are not in `train.txt`. The corpus does not say which language a document is in:
@@ -23,12 +22,11 @@ import sys
 import unicodedata
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any
 
 import torch
-from acceptance import METHODS, interval, run_in_process
-from provenance import provenance
-from tables import table
+from acceptance import measure as write_all
+from conditions import add_options, departures, engine_of
+from provenance import DATA, provenance, write_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from workloads import data_folder
 
@@ -89,33 +87,43 @@ def prepare(options: argparse.Namespace) -> None:
     (options.out / "prompts.json").write_text(json.dumps(prompts, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Let every method write, language by language."""
+def measure(options: argparse.Namespace) -> None:
+    """Let every method write, language by language, and write the data file."""
     prompts = json.loads(options.prompts.read_text())
-    number = min(map(len, prompts.values())) // options.group * options.group
-    target, draft = (options.pair / name for name in ("target", "draft"))
-    job = {
-        "target": str(target), "draft": str(draft), "temperatures": list(TEMPERATURES), "group": options.group,
-        "proposals": options.proposals, "tokens": options.tokens, "dtype": "float32", "seed": options.seed,
-        "prompts": [prompt for texts in prompts.values() for prompt in texts[:number]],
-    }  # fmt: skip
+    number = min([*map(len, prompts.values()), options.num_prompts]) // options.group * options.group
+    options.target, options.draft = (options.pair / name for name in ("target", "draft"))
+    options.methods, options.temperatures = COMPARED, TEMPERATURES
+    cases = [{"workload": n, "concurrency": options.group, "prompts": texts[:number]} for n, texts in prompts.items()]
+    results, failed = write_all(options, cases)
     rows = []
-    written: defaultdict[str, list[str]] = defaultdict(list)
-    tokenizer = AutoTokenizer.from_pretrained(target)
-    for method in COMPARED:
-        groups = run_in_process({**job, "speculative": METHODS[method]})["rows"]
-        languages = [language for language in prompts for _ in range(number // options.group)]
-        for row, language in zip(groups, languages * len(TEMPERATURES), strict=True):
-            texts = [tokenizer.decode(target_ids[1:]) for target_ids in row.pop("target_ids")]
-            if method == "plain" and row["temperature"] == TEMPERATURES[-1]:
-                written[language] += texts
+    written: dict[str, list[str]] = {}
+    tokenizer = AutoTokenizer.from_pretrained(options.target)
+    for method, result in results.items():
+        for row in result["rows"]:
             # Without the first token, which no draft precedes.
-            rows.append({"method": method, "language": language, "bytes": sum(len(t.encode()) for t in texts), **row})
-        print(f"{method}: done", flush=True)
-    return {
-        "provenance": provenance(), "rows": rows,
-        "agreement": agreement(target, draft, written), "blocks": blocks(target, draft, written),
-    }  # fmt: skip
+            texts = [[tokenizer.decode(ids[1:]) for ids in group["target_ids"]] for group in row["groups"]]
+            if method == "plain" and row["temperature"] == TEMPERATURES[-1]:
+                written[row["workload"]] = [text for group in texts for text in group]
+            rows.append(
+                {
+                    "method": method,
+                    "language": row["workload"],
+                    "temperature": row["temperature"],
+                    "bytes": [sum(len(text.encode()) for text in group) for group in texts],
+                    **{name: [group[name] for group in row["groups"]] for name in ("tokens", "passes")},
+                }
+            )
+    content = {
+        "provenance": provenance(),
+        "departures": departures(engine_of(options)),
+        "conditions": {name: result["conditions"] for name, result in results.items()},
+        "failed": failed,
+        "prompts_of_each": number,
+        "agreement": agreement(options.target, options.draft, written),
+        "blocks": blocks(options.target, options.draft, written),
+        "rows": rows,
+    }
+    write_data(options.out / "languages.json", content)
 
 
 def agreement(target: Path, draft: Path, texts: dict[str, list[str]]) -> dict[str, dict[str, float]]:
@@ -140,61 +148,6 @@ def blocks(target: Path, draft: Path, texts: dict[str, list[str]]) -> dict[str, 
     }
 
 
-def tables(result: dict[str, Any]) -> str:
-    """What is won in each language, in short and in full."""
-    found = result["provenance"]
-    parts = [
-        "# Languages\n\n"
-        "Written by `benchmarks/languages.py`, which says what is measured, and how the pair was trained.\n"
-        f"Bytes per target pass, with 95 % intervals; commit {found['commit'][:10]}, {found['processor']}.\n\n"
-        "## In short\n"
-    ]
-    sections = []
-    for temperature in TEMPERATURES:
-        lines, won = _of_temperature(result, temperature)
-        parts += [f"- T = {temperature:g}: {sentence}" for sentence in _in_words(won)]
-        head = (
-            "language", "plain", *(name for method in COMPARED[1:] for name in (method, "× plain")), "tokens per pass",
-            "divergence, bits per byte", "draft tokens for a target token", "blocks 1:1",
-        )  # fmt: skip
-        sections.append(f"\n## Temperature {temperature:g}\n\n{table(head, lines)}")
-    return "\n".join(parts + sections)
-
-
-def _of_temperature(result: dict[str, Any], temperature: float) -> tuple[list[tuple[str, ...]], dict[str, Any]]:
-    """The rows of a table, and by method and language how many times plain decoding's bytes a pass gives."""
-    lines = []
-    won: dict[str, dict[str, float]] = {method: {} for method in COMPARED[1:]}
-    for language, bits in result["agreement"].items():
-        here = [r for r in result["rows"] if r["language"] == language and r["temperature"] == temperature]
-        by_method = {method: [r for r in here if r["method"] == method] for method in COMPARED}
-        in_bytes = {m: interval([{**row, "tokens": row["bytes"]} for row in rows]) for m, rows in by_method.items()}
-        plain, cells = in_bytes["plain"][0], []
-        for method in COMPARED[1:]:
-            ratio, low, high = in_bytes[method]
-            won[method][language] = ratio / plain
-            cells += [f"{ratio:.2f} [{low:.2f}, {high:.2f}]", f"{ratio / plain:.2f}"]
-        tokens, block = interval(by_method[COMPARED[-1]])[0], result["blocks"][language]
-        lines.append(
-            (language, f"{plain:.2f}", *cells, f"{tokens:.2f}", f"{bits['draft'] - bits['target']:.2f}",
-             f"{block['ratio']:.2f}", f"{100 * block['one_to_one']:.0f} %")
-        )  # fmt: skip
-    return lines, won
-
-
-def _in_words(won: dict[str, dict[str, float]]) -> list[str]:
-    """One sentence for each method: the worst and the best language, and English."""
-    sentences = []
-    for method, by_language in won.items():
-        ranked = sorted(by_language, key=lambda language: by_language[language])
-        worst, best = ranked[0], ranked[-1]
-        sentences.append(
-            f"`{method}` writes {by_language[worst]:.2f} ({worst}) to {by_language[best]:.2f} ({best}) times plain "
-            f"decoding's bytes in a pass, English {by_language['English']:.2f}."
-        )
-    return sentences
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
@@ -211,17 +164,11 @@ def main() -> None:
     command.add_argument("--group", type=int, default=4, help="prompts in a batch, and in an observation")
     command.add_argument("--tokens", type=int, default=48)
     command.add_argument("--proposals", type=int, default=5)
-    command.add_argument("--out", type=Path, required=True, help="JSON file; only its tables are made if it exists")
-    command.add_argument("--table", type=Path, help="Markdown file")
+    command.add_argument("--num-prompts", type=int, default=1000, help="of each language, at most")
+    command.add_argument("--out", type=Path, default=DATA, help="folder of the data file")
+    add_options(command)
     options = parser.parse_args()
-    if options.run is measure and options.out.exists():
-        result = json.loads(options.out.read_text())
-    else:
-        result = options.run(options)
-    if result is not None:
-        options.out.write_text(json.dumps(result, indent=1))
-        if options.table:
-            options.table.write_text(tables(result))
+    options.run(options)
 
 
 if __name__ == "__main__":

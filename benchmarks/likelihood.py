@@ -8,14 +8,12 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 @functools.cache
 def _load(folder: Path) -> tuple[Any, Any]:
-    torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(folder)
 
@@ -41,9 +39,3 @@ def log_likelihoods(target: Path, prompts: list[str], target_ids: list[list[int]
         law = (logits / temperature).log_softmax(-1)
         scores.append(float(law[range(len(written)), written].mean()))
     return scores
-
-
-def standard_errors(found: list[float], plain: list[float]) -> float:
-    """How far two means of `log_likelihoods` are apart, in standard errors."""
-    variance = sum(np.var(values, ddof=1) / len(values) for values in (found, plain))
-    return float((np.mean(found) - np.mean(plain)) / variance**0.5)

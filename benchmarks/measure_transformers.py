@@ -1,25 +1,24 @@
 """Measures one cell of the suite in transformers: universal assisted generation, and plain; `suite.py` starts it."""
 
-import json
 import statistics
-import sys
 import time
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from conditions import answer
+from measure_vllm import processor_seconds
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a cell, as `measure_vllm.measure` gives them."""
-    torch.set_num_threads(1)
-    target, tokenizer = _load(job["target"])
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Conditions and rows, as `measure_vllm.measure` gives them; one request at a time."""
+    target, tokenizer = _load(job, "target")
     passes: dict[str, list[float]] = {"target pass": _timed(target)}
     arguments: dict[str, Any] = {}
     if job["draft"]:
-        draft, draft_tokenizer = _load(job["draft"])
+        draft, draft_tokenizer = _load(job, "draft")
         passes["draft pass"] = _timed(draft)
         # As many proposals in every step as the other methods make.
         settings = draft.generation_config
@@ -29,26 +28,28 @@ def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for temperature in job["temperatures"]:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-        for workload, prompts in job["workloads"].items():
+        for case in job["cases"]:
             groups: list[dict[str, Any]] = []
             totals: defaultdict[str, list[float]] = defaultdict(list)
-            for number, prompt in enumerate(prompts):
+            for number, prompt in enumerate(case["prompts"]):
                 ids = tokenizer(prompt, return_tensors="pt").input_ids
                 torch.manual_seed(job["seed"] + number)
                 for seconds in passes.values():
                     seconds.clear()
-                began, cpu_began = time.perf_counter(), time.process_time()
+                began, others = time.perf_counter(), processor_seconds()
                 written = target.generate(
                     ids, attention_mask=torch.ones_like(ids), pad_token_id=tokenizer.eos_token_id,
                     min_new_tokens=job["tokens"], max_new_tokens=job["tokens"], **sampling, **arguments,
                 )  # fmt: skip
+                seconds, others = time.perf_counter() - began, processor_seconds() - others
                 groups.append(
                     {
-                        "seconds": time.perf_counter() - began,
-                        "cpu_seconds": time.process_time() - cpu_began,
+                        "seconds": seconds,
+                        "others": max(0.0, others) / seconds / (psutil.cpu_count() or 1),
                         "target_ids": [written[0, ids.shape[1] :].tolist()],
                         # All of them, unlike in vLLM: under speculation the pass that reads the prompt verifies, too.
-                        "counters": {"passes": len(passes["target pass"]), "tokens": written.shape[1] - ids.shape[1]},
+                        "passes": len(passes["target pass"]),
+                        "tokens": written.shape[1] - ids.shape[1],
                     }
                 )
                 totals["target pass"] += passes["target pass"][1:]
@@ -56,7 +57,8 @@ def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "temperature": temperature,
-                    "workload": workload,
+                    "workload": case["workload"],
+                    "concurrency": 1,
                     "groups": groups,
                     "phases": {
                         name: {"calls": len(values), "seconds": sum(values), "median": statistics.median(values)}
@@ -65,11 +67,13 @@ def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
                     },
                 }
             )
-    return rows
+    found = {"dtype": str(target.dtype).removeprefix("torch."), "compiled": False, "threads": torch.get_num_threads()}
+    return {"conditions": {**found, "device": target.device.type}, "rows": rows}
 
 
-def _load(folder: str) -> tuple[Any, Any]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def _load(job: dict[str, Any], name: str) -> tuple[Any, Any]:
+    folder = job[name]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=job["engine"].get("dtype", "auto")).eval()
     return model, AutoTokenizer.from_pretrained(folder)
 
 
@@ -82,11 +86,5 @@ def _timed(model: Any) -> list[float]:
     return seconds
 
 
-def main() -> None:
-    """Answer `run_python`."""
-    path = Path(sys.argv[sys.argv.index("--job") + 1])
-    path.with_suffix(".result").write_text(json.dumps({"rows": measure(json.loads(path.read_text()))}))
-
-
 if __name__ == "__main__":
-    main()
+    answer(measure)

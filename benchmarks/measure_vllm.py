@@ -1,12 +1,13 @@
-"""Measures one cell of the suite in a vLLM engine; `suite.py` starts it."""
+"""Measures one method in a vLLM engine; `suite.py`, `acceptance.py` and `languages.py` start it."""
 
-import json
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
+import psutil
+from conditions import answer, conditions, start
 from phases import Phases
+
+WARM_UP = ("Once upon a time", "def main():\n", "Жил был", "All human")
 
 
 def counters(llm: Any) -> dict[str, Any]:
@@ -37,78 +38,68 @@ def since(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a cell.
+def processor_seconds() -> float:
+    """Seconds that processors have worked for anything but this process and those it started."""
+    times = psutil.cpu_times()
+    me = psutil.Process()
+    own = 0.0
+    for process in [me, *me.children(recursive=True)]:
+        spent = process.cpu_times()
+        own += spent.user + spent.system
+    return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - own)
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Let an engine write.
 
     Args:
-        job: From `suite.py`: `target`, `speculative`, `concurrency`, `workloads` (name to prompts), `temperatures`,
-            `tokens`, `seed`.
+        job: `target`, `speculative`, `engine` (from `conditions.engine_of`), `seed`, `tokens` of each output,
+            `temperatures`, `cases` (each with `workload`, `concurrency`, `prompts`), and `seeded` (whether each request
+            has a seed of its own; then the draft's length does not follow what passes cost).
 
     Returns:
-        For each temperature and workload the phases, and for each group its seconds, what was counted, and what was
-        written.
+        The `conditions`, and `rows`: for each temperature and case the phases, and for each group of requests its
+        seconds, the share of the machine that other processes took meanwhile, what was counted, and what was written.
     """
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
-    from vllm_tokentiming import compat
+    llm = start(job["target"], job["speculative"], job["engine"], job["seed"])
 
-    # Without these no sampled speculative decoding is lossless on CPUs; vLLM's own methods get them, too.
-    compat.repair_cpu_rejection_sampler()
-    compat.repair_top_k_without_drafts()
-    size = job["concurrency"]
-    llm = LLM(
-        job["target"],
-        dtype="float32",  # So that rounding, which differs with the batch, does not decide a greedy choice.
-        max_model_len=2048,
-        max_num_seqs=size,
-        enforce_eager=True,
-        seed=job["seed"],
-        speculative_config=job["speculative"],
-        disable_log_stats=False,
-        enable_prefix_caching=False,
-    )
-    for temperature in (0.0, 0.8):
-        warm_up = SamplingParams(temperature=temperature, max_tokens=48, ignore_eos=True)
-        llm.generate(["Once upon a time", "def main():\n", "Жил был", "All human"] * size, warm_up, use_tqdm=False)
+    def generate(prompts: list[str], temperature: float, first_seed: int | None = None) -> list[Any]:
+        seeds = [None if first_seed is None else first_seed + i for i in range(len(prompts))]
+        given = [
+            SamplingParams(temperature=temperature, max_tokens=job["tokens"], ignore_eos=True, seed=seed)
+            for seed in seeds
+        ]
+        outputs: list[Any] = llm.generate(prompts, given, use_tqdm=False)
+        return outputs
+
+    for concurrency in sorted({case["concurrency"] for case in job["cases"]}):
+        for temperature in sorted({0.0, max(job["temperatures"])}):
+            generate([WARM_UP[i % len(WARM_UP)] for i in range(concurrency)], temperature)
     phases, rows = Phases(llm), []
     for temperature in job["temperatures"]:
-        for workload, prompts in job["workloads"].items():
-            groups = []
-            phases.take()
-            for start in range(0, len(prompts), size):
-                # No seed: with one, the draft's length could not follow what passes cost.
-                parameters = SamplingParams(temperature=temperature, max_tokens=job["tokens"], ignore_eos=True)
-                before, began, cpu_began = counters(llm), time.perf_counter(), time.process_time()
-                outputs = llm.generate(prompts[start : start + size], parameters, use_tqdm=False)
-                seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
+        for case in job["cases"]:
+            groups, size = [], case["concurrency"]
+            for begin in range(0, len(case["prompts"]), size):
+                before, began, others = counters(llm), time.perf_counter(), processor_seconds()
+                outputs = generate(case["prompts"][begin : begin + size], temperature, begin if job["seeded"] else None)
+                seconds, others = time.perf_counter() - began, processor_seconds() - others
                 target_ids = [list(output.outputs[0].token_ids) for output in outputs]
                 groups.append(
                     {
                         "seconds": seconds,
-                        "cpu_seconds": cpu_seconds,
+                        "others": max(0.0, others) / seconds / (psutil.cpu_count() or 1),
                         "target_ids": target_ids,
-                        "counters": {
-                            **since(before, counters(llm)),
-                            "tokens": sum(len(ids) - 1 for ids in target_ids),  # As for passes, without the first.
-                        },
+                        # As for passes, without the first token.
+                        **since(before, counters(llm)),
+                        "tokens": sum(len(ids) - 1 for ids in target_ids),
                     }
                 )
-            rows.append(
-                {
-                    "temperature": temperature,
-                    "workload": workload,
-                    "groups": groups,
-                    "phases": phases.take(),
-                }
-            )
-    return rows
-
-
-def main() -> None:
-    """Answer `run_python`."""
-    path = Path(sys.argv[sys.argv.index("--job") + 1])
-    path.with_suffix(".result").write_text(json.dumps({"rows": measure(json.loads(path.read_text()))}))
+            described = {"workload": case["workload"], "concurrency": size, "temperature": temperature}
+            rows.append({**described, "groups": groups, "phases": phases.take()})
+    return {"conditions": conditions(llm), "rows": rows}
 
 
 if __name__ == "__main__":
-    main()
+    answer(measure)

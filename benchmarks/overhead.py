@@ -14,7 +14,7 @@ accepts what agrees with its own tokens of it and adds the next one. So some pro
 Steps of all pairs, texts, context lengths and modes are timed in turns, all in one run, so that each finds the caches
 as other work has left them. Microseconds per request and step: medians with quartiles, without what the timers cost.
 
-    python benchmarks/overhead.py --data DATA --out overhead.json
+    python benchmarks/overhead.py --data DATA [--batch 8 --name overhead_batch]
 
 DATA has `tokenizers/` and `corpus/` like the tests' (`TOKENTIMING_DATA`).
 """
@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from provenance import provenance
+from provenance import DATA, provenance, write_data
 from tokenizers import Tokenizer
 
 from vllm_tokentiming import context, drafting, transducer, transfer, writer
@@ -314,12 +314,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="timed steps of each simulation")
     parser.add_argument("--warm-up", type=int, default=10, help="steps before those")
     parser.add_argument("--batch", type=int, default=1, help="requests in a step; what it costs is shared between them")
+    parser.add_argument("--threads", type=int, default=1, help="of tensor work; one is what vLLM takes on two cores")
     parser.add_argument("--skip-tensors", action="store_true", help="the host's part alone, as beside a GPU")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--name", default="overhead", help="of the data file")
+    parser.add_argument("--out", type=Path, default=DATA, help="folder of the data file")
     args = parser.parse_args()
     if args.data is None:
         parser.error("--data, or TOKENTIMING_DATA, must name a folder with tokenizers/ and corpus/")
     args.data = Path(args.data)
+    torch.set_num_threads(args.threads)
     running = [
         found for names in args.pairs for found in simulations(args.data, names, args.steps + args.warm_up, args.batch)
     ]
@@ -333,22 +336,20 @@ def main() -> None:
             if number >= args.warm_up:
                 spent = {phase: taken / args.batch for phase, taken in clock.take().items()}
                 steps.append({**described, "accepted": accepted, "us": spent})
-    results = {
-        "by context": table(steps, ("pair", "mode", "context")),
-        "by text": table(steps, ("pair", "mode", "text")),
-        "by pair": table(steps, ("pair", "mode")),
+    table(steps, ("pair", "mode", "context"))
+    table(steps, ("pair", "mode", "text"))
+    settings = {
+        "batch": args.batch,
+        "steps": args.steps,
+        "proposals": NUM_PROPOSALS,
+        "max_draft_tokens": MAX_DRAFT_TOKENS,
+        "wrong": WRONG,
+        "mass": MASS,
+        "skip_tensors": args.skip_tensors,
+        "threads": torch.get_num_threads(),
     }
-    if args.out:
-        settings = {
-            "batch": args.batch,
-            "proposals": NUM_PROPOSALS,
-            "max_draft_tokens": MAX_DRAFT_TOKENS,
-            "wrong": WRONG,
-            "mass": MASS,
-        }
-        args.out.write_text(
-            json.dumps({"provenance": provenance(), "settings": settings, "results": results}, indent=1)
-        )
+    rows = table(steps, ("pair", "mode"))
+    write_data(args.out / f"{args.name}.json", {"provenance": provenance(), "settings": settings, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What happens between every two of some tokenizers, in every language of some texts; needs no model.
 
-    python benchmarks/pairs.py --tokenizers DIR --texts DIR --out pairs.json --table PAIRS.md
+    python benchmarks/pairs.py --tokenizers DIR --texts DIR
 
 For each ordered pair, each text is committed by the target as in decoding: the draft writes some of its tokens, the
 target accepts a part of them, adds one of its own, and now and then goes on by a random id. After each commit, the
@@ -10,14 +10,14 @@ alignment blocks are those of the whole text.
 """
 
 import argparse
-import json
 import random
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from provenance import provenance
+from provenance import DATA, provenance, write_data
 from rapidfuzz.distance import Levenshtein
 from tokenizers import Tokenizer
 
@@ -91,45 +91,15 @@ def measure(names: dict[str, Vocabulary], texts: dict[str, bytes], seed: int) ->
             print(f"{target} - {draft}", flush=True)
 
 
-def tables(rows: list[dict]) -> str:
-    """Context errors, and blocks."""
-    by_pair: defaultdict[tuple[str, str], list[dict]] = defaultdict(list)
+def packed(rows: list[dict]) -> dict[str, Any]:
+    """Rows by pair, with the numbers of each text in one list, in the order of `columns`."""
+    columns = [name for name in rows[0] if name not in ("target", "draft", "exact", "text")]
+    by_pair: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
-        by_pair[row["target"], row["draft"]].append(row)
-    names, languages = sorted({row["target"] for row in rows}), sorted({row["text"] for row in rows})
-    lines = [
-        "# Every ordered pair of tokenizers", "",
-        f"Written by `benchmarks/pairs.py`: {sum(row['commits'] for row in rows):,} commits; of all proposed "
-        f"ids, {sum(row['ids_outside'] for row in rows)} were outside the target's vocabulary.", "",
-        "## Commits after which the draft's context is not what the target has committed", "",
-        "Rows are targets, columns drafts. Where a draft cannot spell every text, or a target's text changes by being",
-        "encoded: how alike context and text are in the end, in per cent, in the median over languages (and in the",
-        "worst).", "",
-        "| target \\ draft | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|",
-    ]  # fmt: skip
-    for target in names:
-        cells = []
-        for draft in names:
-            found = by_pair.get((target, draft), [])
-            errors = sum(row["context_errors"] for row in found)
-            alike = sorted(100 * row["alike"] for row in found)
-            inexact = f"{alike[len(alike) // 2]:.0f} ({alike[0]:.0f})" if alike else ""
-            cells.append("" if not found else "**0**" if not errors else inexact)
-        lines.append(f"| {target} | " + " | ".join(cells) + " |")
-    lines += [
-        "", "## How tokens lie over each other", "",
-        "Shares of alignment blocks in per cent, one draft token on one target token / one on several / several on",
-        "one / several on several; in brackets, draft tokens for a target token.", "",
-        "| target - draft | " + " | ".join(languages) + " |", "|---" * (len(languages) + 1) + "|",
-    ]  # fmt: skip
-    for (target, draft), found in by_pair.items():
-        cells = []
-        for row in found:
-            shares = [row[key] for key in ("one_to_one", "one_to_many", "many_to_one", "many_to_many")]
-            ratio = row["draft_tokens"] / max(1, row["target_tokens"])
-            cells.append("/".join(f"{100 * share:.0f}" for share in shares) + f" ({ratio:.1f})")
-        lines.append(f"| {target} - {draft} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        about = {name: row[name] for name in ("target", "draft", "exact")}
+        entry = by_pair.setdefault((row["target"], row["draft"]), {**about, "texts": {}})
+        entry["texts"][row["text"]] = [row[name] for name in columns]
+    return {"columns": columns, "rows": list(by_pair.values())}
 
 
 def main() -> None:
@@ -140,8 +110,7 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, required=True, help="folder with .txt files, one for each language")
     parser.add_argument("--length", type=int, default=1500, help="characters of each text")
     parser.add_argument("--seed", type=int, default=0, help="of what is accepted")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file")
-    parser.add_argument("--table", type=Path, help="Markdown file")
+    parser.add_argument("--out", type=Path, default=DATA, help="folder of the data file")
     options = parser.parse_args()
     vocabularies = {
         path.parent.name: Vocabulary.of(Tokenizer.from_file(str(path)))
@@ -149,9 +118,8 @@ def main() -> None:
     }
     texts = read_texts(options.texts, options.length)
     rows = list(measure(vocabularies, dict(sorted(texts.items())), options.seed))
-    options.out.write_text(json.dumps({"provenance": provenance(), "rows": rows}, indent=1))
-    if options.table:
-        options.table.write_text(tables(rows))
+    settings = {"length": options.length, "seed": options.seed}
+    write_data(options.out / "pairs.json", {"provenance": provenance(), "settings": settings, **packed(rows)})
     if wrong := [row for row in rows if row["ids_outside"] or (row["exact"] and row["context_errors"])]:
         raise SystemExit(f"wrong: {wrong[0]} and {len(wrong) - 1} more")
 

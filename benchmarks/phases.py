@@ -1,9 +1,10 @@
 """Where the time of an engine's steps goes: timers around vLLM's model runner and the draft, for any method.
 
-Phases: `step` (all of the engine's), `prefill pass` and `target pass` (the target's inputs, layers and logits; prefill
-if the step has a new request), `sampling` (and verification), `drafting` (all of a proposer's work), and inside it
-`draft pass` (one call of the draft model). A timer costs under a microsecond, a step more than one millisecond. On an
-accelerator, whose work goes on after a call returns, the phases are not to be used.
+Phases: `step` (all of the engine's, as its front end waits for it), `prefill pass` and `target pass` (the target's
+inputs, layers and logits; prefill if the step has a new request), `sampling` (and verification), `drafting` (all of a
+proposer's work), and inside it `draft pass` (one call of the draft model). A timer costs under a microsecond, a step
+more than one millisecond. All but `step` are timed in the worker (`worker_side.py`). On an accelerator, whose work goes
+on after a call returns, the phases are not to be used.
 """
 
 import functools
@@ -12,31 +13,24 @@ import time
 from collections import defaultdict
 from typing import Any
 
+Taken = dict[str, dict[str, float]]
 
-class Phases:
-    """Timers of one engine in this process."""
 
-    def __init__(self, llm: Any) -> None:
-        """Put timers around the parts of an engine, for as long as it lives.
+class Timers:
+    """Timers around functions of this process."""
+
+    def __init__(self) -> None:
+        """Time nothing yet."""
+        self._seconds: defaultdict[str, list[float]] = defaultdict(list)
+
+    def wrap(self, owner: Any, name: str, phase: Any) -> None:
+        """Time every call of a function or method, for as long as its owner lives.
 
         Args:
-            llm: A `vllm.LLM` without a process of its own for the engine.
+            owner: What has it.
+            name: The attribute.
+            phase: The phase's name, or a function of the call's arguments that tells it.
         """
-        self._seconds: defaultdict[str, list[float]] = defaultdict(list)
-        engine = llm.llm_engine
-        runner = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-        self._wrap(engine, "step", "step")
-        self._wrap(runner, "execute_model", self._target_phase)
-        self._wrap(runner, "_sample", "sampling")
-        self._wrap(runner, "propose_draft_token_ids", "drafting")
-        for owner, name in _draft_passes(getattr(runner, "drafter", None)):
-            self._wrap(owner, name, "draft pass")
-
-    @staticmethod
-    def _target_phase(scheduler_output: Any, *_: Any, **__: Any) -> str:
-        return "prefill pass" if scheduler_output.scheduled_new_reqs else "target pass"
-
-    def _wrap(self, owner: Any, name: str, phase: Any) -> None:
         original = getattr(owner, name)
 
         @functools.wraps(original)
@@ -49,7 +43,7 @@ class Phases:
 
         setattr(owner, name, timed)
 
-    def take(self) -> dict[str, dict[str, float]]:
+    def take(self) -> Taken:
         """Calls, seconds in all, and the median seconds of each phase since the last time this was called."""
         taken = {
             name: {"calls": len(values), "seconds": sum(values), "median": statistics.median(values)}
@@ -57,6 +51,39 @@ class Phases:
         }
         self._seconds.clear()
         return taken
+
+
+class Phases:
+    """Timers of one engine."""
+
+    def __init__(self, llm: Any) -> None:
+        """Put timers around the parts of an engine, for as long as it lives.
+
+        Args:
+            llm: From `conditions.start`.
+        """
+        self._llm, self._front = llm, Timers()
+        self._front.wrap(llm.llm_engine, "step", "step")
+        llm.collective_rpc("benchmark_start_timers")
+
+    def take(self) -> Taken:
+        """What all phases took since the last time this was called."""
+        return {**self._front.take(), **self._llm.collective_rpc("benchmark_take_timers")[0]}
+
+
+def time_runner(runner: Any) -> Timers:
+    """Put timers around the parts of a model runner of this process."""
+    timers = Timers()
+    timers.wrap(runner, "execute_model", _target_phase)
+    timers.wrap(runner, "_sample", "sampling")
+    timers.wrap(runner, "propose_draft_token_ids", "drafting")
+    for owner, name in _draft_passes(getattr(runner, "drafter", None)):
+        timers.wrap(owner, name, "draft pass")
+    return timers
+
+
+def _target_phase(scheduler_output: Any, *_: Any, **__: Any) -> str:
+    return "prefill pass" if scheduler_output.scheduled_new_reqs else "target pass"
 
 
 def _draft_passes(drafter: Any) -> list[tuple[Any, str]]:

@@ -1,261 +1,226 @@
-"""Writes `RESULTS.md` and its pictures from the files of the benchmarks.
+"""Writes the reports from the benchmarks' data, or checks that they are what it would write.
 
-    python benchmarks/report.py --suite benchmarks/results/suite [--exactness exact.jsonl] [--acceptance acc.json] ...
+    python benchmarks/report.py            # RESULTS.md, LANGUAGES.md, PAIRS.md, SOAK.md, a part of README.md, pictures
+    python benchmarks/report.py --check    # exits with 1 and prints the lines that differ
 
-Every measured number in it comes from a file, and every sentence with one is put together here. What a person has to
-say stands in `findings.md`, which is included.
+Every measured number in a report comes from a file in `benchmarks/data/`, which its program wrote. What a person has to
+say stands in `findings.md`; a finding may name values (`{{like this}}`, see `report_values.py`), and is left out where
+the data has none of that name. A section whose file is missing is left out, and a report without any is not there.
+Pictures are not compared: the same data makes other bytes with other fonts. They have to exist and to be referred to.
 """
 
 import argparse
+import difflib
 import json
-from collections.abc import Sequence
+import re
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import plots
-from conclusions import (
-    CLOCKS,
-    against_peers,
-    best_and_worst,
-    disturbance,
-    is_main,
-    laws,
-    loops_sentence,
-    losslessness,
-)
-from grid import METHODS, SAME_VOCABULARY, TRANSFORMERS_METHODS
-from results import Measured, compare, read
-from tables import SECTIONS, table
+import report_tables as tables
+from provenance import ROOT
+from report_languages import languages
+from report_pairs import pairs
+from report_parts import origin
+from report_soak import soak
+from report_speed import Suite, in_short, other_speed, speed, varies
+from report_values import values_of
 
-HERE = Path(__file__).resolve().parent
+FINDINGS = Path(__file__).resolve().parent / "findings.md"
+README = "README.md"
+BEGIN, END = "<!-- written by benchmarks/report.py -->\n", "<!-- end of what it writes -->\n"
+REPORTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "benchmarks/LANGUAGES.md": ("languages", languages),
+    "benchmarks/PAIRS.md": ("pairs", pairs),
+    "benchmarks/SOAK.md": ("soak", soak),
+}
+# After the speeds.
+SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "serving": ("Under a serving load", tables.serving),
+    "draft_step": ("A draft step beside vLLM's", tables.draft_step),
+    "overhead": ("What the plugin costs the host, without models", tables.overhead),
+    "overhead_batch": ("The same for several requests in a step", tables.overhead),
+    "scaling": ("How that grows with requests, context, proposals and vocabulary", tables.scaling),
+    "kernels": ("The alignment kernels beside other libraries", tables.kernels),
+    "exactness": ("Exactness of sampled output", tables.exactness),
+}
+LINKS = {
+    "benchmarks/RESULTS.md": "speeds, exactness, and where it loses",
+    "benchmarks/LANGUAGES.md": "what a pair that was trained on twelve languages wins in each of them",
+    "benchmarks/PAIRS.md": "what every two of eight well-known tokenizers make of each other in twelve languages",
+    "benchmarks/SOAK.md": "what became of thousands of requests of all kinds to one server, malicious ones too",
+}
 
-
-def _or_dash(value: object | None) -> str:
-    return "–" if value is None else str(value)
-
-
-def by_method(measured: Sequence[Measured], column: Any, value: Any, name: Any) -> str:
-    """A table with a row for each method and temperature, and a column for each value of something."""
-    columns = sorted({column(m) for m in measured})
-    rows = []
-    for method in METHODS:
-        for temperature in sorted({m.case.temperature for m in measured}):
-            found = {column(m): m for m in measured if (m.method, m.case.temperature) == (method, temperature)}
-            if found:
-                cells = [_or_dash(value(found[c]) if c in found else None) for c in columns]
-                rows.append((f"{method}, T = {temperature:g}", *cells))
-    return table(("method", *map(name, columns)), rows)
-
-
-def section_main(rows: Sequence[Measured], folder: Path) -> str:
-    """Speed-up and tokens per pass by workload."""
-    picture = plots.speedup_by_workload(rows, folder / "speedup_by_workload.png")
-    return (
-        "## Speed-up by workload\n\n"
-        f"Times plain decoding's speed in the same repetition, cost ratio {rows[0].case.ratio:g}, "
-        f"batch {rows[0].case.concurrency}, {rows[0].proposals} proposals. A dash: all outputs loop.\n\n"
-        f"![speed-up by workload](plots/{picture.name})\n\n"
-        + by_method(rows, lambda m: m.case.workload, lambda m: m.speedup(), str)
-        + "\nTokens per target pass (plain decoding: 1):\n\n"
-        + by_method(rows, lambda m: m.case.workload, lambda m: m.tokens_per_pass(), str)
-    )
+Data = dict[str, dict[str, Any]]
 
 
-def section_axis(rows: Sequence[Measured], axis: str, title: str, label: str, folder: Path) -> str:
-    """Speed-up along one axis; nothing if it has one value only."""
-    if len({getattr(m.case, axis) for m in rows}) < 2:
-        return ""
-    picture = plots.speedup_along(rows, axis, label, folder / f"speedup_by_{axis}.png")
-    return f"## {title}\n\n![{label}](plots/{picture.name})\n\n" + by_method(
-        rows, lambda m: getattr(m.case, axis), lambda m: m.speedup(), lambda value: f"{value:g}"
-    )
+def read(folder: Path) -> Data:
+    """The data files of a folder, by name."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
 
 
-def section_proposals(rows: Sequence[Measured]) -> str:
-    """Speed-up by the number of proposals; nothing if there is one only."""
-    if len({m.proposals for m in rows}) < 2:
-        return ""
-    return "## Speed-up by number of proposals\n\n" + by_method(
-        rows, lambda m: m.proposals, lambda m: m.speedup(), lambda number: f"k = {number}"
-    )
+def findings(text: str, values: dict[str, str]) -> str:
+    """What a person says, with values from the data; items that name a value that is not there are left out."""
+    head, *items = re.split(r"^(?=- )", text, flags=re.M)
+    kept = [item for item in items if all(name in values for name in re.findall(r"{{(.+?)}}", item))]
+    return head + "".join(re.sub(r"{{(.+?)}}", lambda found: values[found[1]], item) for item in kept)
 
 
-def section_bound(rows: Sequence[Measured]) -> str:
-    """What the passes of the models allow, and what is achieved."""
-    lines = []
-    for m in rows:
-        if not (found := m.bound()):
-            continue
-        times = [f"{1e3 * found[name]:.2f}" for name in ("t", "t_verify", "s")]
-        lines.append(
-            (
-                f"{m.method}, T = {m.case.temperature:g}, ratio {m.case.ratio:g}, batch {m.case.concurrency}",
-                f"{found['L']:.2f}", *times[:2], f"{found['d']:.1f}", times[2],
-                f"{found['bound']:.2f}", f"{found['achieved']:.0%}",
-            )
-        )  # fmt: skip
-    return (
-        "## What the passes alone would allow\n\n"
-        "A method that makes `L` tokens in a pass of the target, which takes `t` without and `t_verify` with "
-        "proposals, and `d` draft passes of `s` each, can be `L t / (t_verify + d s)` times as fast. The bound is "
-        "that, summed over all steps, those that read prompts included: what all passes of plain decoding took over "
-        "what all passes of the method took. `achieved` is the measured speed-up over it (milliseconds in the mean; "
-        "loops included). A draft pass of vLLM's is its layers alone; of ours, its inputs and logits, too.\n\n"
-        + table(("method", "L", "t", "t_verify", "d", "s", "bound", "achieved"), lines)
-    )
-
-
-def section_losing(measured: Sequence[Measured]) -> str:
-    """Every row that is slower than plain decoding, whether or not its interval holds 1."""
-    rows = sorted((s, m.label) for m in measured if (s := m.speedup()) and s.value < 1)
-    text = "## Where it does not pay\n\n"
-    if not rows:
-        return text + "No case is slower than plain decoding.\n"
-    return (
-        text
-        + f"All {len(rows)} cases that are slower than plain decoding, the worst first:\n\n"
-        + table(("case", "speed-up"), [(label, s) for s, label in rows])
-    )
-
-
-def section_pictures(rows: Sequence[Measured], folder: Path) -> str:
-    """Acceptance by position, and time by phase."""
-    accepted = plots.acceptance_by_position(rows, folder / "acceptance_by_position.png")
-    phases = plots.step_by_phase(rows, folder / "step_by_phase.png")
-    return (
-        f"## Acceptance by position\n\n![acceptance by position](plots/{accepted.name})\n\nLoops included.\n\n"
-        f"## Where a step's time goes\n\n![time by phase](plots/{phases.name})\n"
-    )
-
-
-def section_other_pair(folder: Path) -> str:
-    """Speed-up and tokens per pass of another pair, from a suite of its own."""
-    rows = compare(read(folder), "seconds")
-    case = rows[0].case
-    return (
-        "## Another pair: many languages\n\n"
-        f"The pair and the prompts of `languages.py`; cost ratio {case.ratio:g}, batch {case.concurrency}, "
-        f"{rows[0].proposals} proposals. Speed-up and tokens per target pass:\n\n"
-        + by_method(rows, lambda m: "speed-up", lambda m: m.speedup(), str)
-        + "\n"
-        + by_method(rows, lambda m: "tokens per pass", lambda m: m.tokens_per_pass(), str)
-        + "\n"
-        + " ".join(losslessness(rows))
-        + "\n"
-    )
-
-
-def section_how(files: Sequence[dict[str, Any]], measured: Sequence[Measured]) -> str:
-    """How it was measured: what is not natural about it, and where everything comes from."""
-    widened = {f["cell"]["ratio"]: f["widened"] for f in files if f["widened"]}
-    lines = [
-        "## How it was measured\n",
-        "Each case is a process of its own; methods take turns, and every repetition begins with another one. "
-        "Speed-ups are ratios to plain decoding of the same repetition; intervals are bootstraps over repetitions and "
-        "groups of prompts, 95 %. vLLM's own methods run with the same repairs of its CPU sampler as ours.\n",
-        loops_sentence(measured) + "\n",
+def results(data: Data) -> str:
+    """`RESULTS.md`."""
+    suite = Suite(data["speed"]) if "speed" in data else None
+    parts = [
+        "# Results\n\nWritten by `benchmarks/report.py` from `benchmarks/data/`. Every number comes from there.\n",
     ]
-    if widened:
-        lines.append(
-            "**The targets were widened.** They are one trained model, whose function was kept while its shape grew: "
-            "padded widths and added layers whose output is zero (`widen.py`). Their text and their acceptance are the "
-            "small model's, and only a pass costs what a larger model's does. They are no evidence of how well a draft "
-            "predicts a better target.\n"
-        )
-        lines.append(
-            table(
-                ("cost ratio asked", "expected when it was made", "layers", "width", "parameters", "of which trained"),
-                [
-                    (f"{ratio:g}", f"{(w['chosen_by'] or {}).get('expected_ratio', float('nan')):.1f}", w["layers"],
-                     w["hidden"], f"{w['parameters']:,}", f"{w['original_parameters']:,}")
-                    for ratio, w in sorted(widened.items())
-                ],
+
+    def add(title: str, text: str) -> None:
+        parts.append(f"## {title}\n\n{text}")
+
+    if "acceptance_published" in data:
+        found = data["acceptance_published"]
+        add(f"A published pair: {found['pair']}", tables.acceptance(found))
+    if "speed_published" in data:
+        add("A published pair: speed", other_speed(Suite(data["speed_published"])))
+    if suite:
+        add("In short", in_short(suite))
+    parts.append(findings(FINDINGS.read_text(encoding="utf-8"), values_of(data)))
+    if "acceptance" in data:
+        found = data["acceptance"]
+        add(f"Tokens per target pass: {found['pair']}", tables.acceptance(found))
+    if "greedy" in data:
+        add("Greedy output is plain decoding's", tables.greedy(data["greedy"]))
+    if suite:
+        add("Speed-up", speed(suite))
+    if "speed_languages" in data:
+        add("Speed-up of a pair of many languages", other_speed(Suite(data["speed_languages"])))
+    for name, (title, section) in SECTIONS.items():
+        if name in data:
+            add(title, section(data[name]))
+    return "\n".join(part.rstrip("\n") + "\n" for part in parts)
+
+
+def readme_part(data: Data) -> str:
+    """What stands between the two marks in `README.md`: the table of tokens per pass, and links to the reports."""
+    lines = []
+    for name in ("acceptance_published", "acceptance"):
+        if name in data:
+            found = data[name]
+            settings = found["settings"]
+            lines.append(
+                f"Tokens per target pass, {found['pair']}: {settings['num_prompts']} held-out prompts, "
+                f"{settings['tokens']} tokens each, always {settings['proposals']} proposals, all methods in one run, "
+                f"95 % intervals.\n\n{tables.Accepted(found).table()}{origin(found)}"
             )
-        )  # fmt: skip
-    if any(m.method in TRANSFORMERS_METHODS for m in measured):
-        lines.append("Methods marked *(transformers)* are held against transformers' own plain generation.\n")
-    if any(m.method == SAME_VOCABULARY for m in measured):
-        lines.append(
-            f"*{SAME_VOCABULARY}* is a draft of its own, trained for this comparison (`same_vocab_draft.py`).\n"
-        )
-    origins = [f["provenance"] for f in files]
-    unique = {
-        name: sorted({json.dumps(o[name]) for o in origins}) for name in ("commit", "versions", "processor", "cores")
-    }
-    lines += [f"- {name}: {', '.join(values)}" for name, values in unique.items()]
-    lines.append(f"- measured from {min(o['time'] for o in origins)} to {max(o['time'] for o in origins)}")
-    lines.append(f"- with uncommitted changes: {'yes' if any(o['modified'] for o in origins) else 'no'}")
-    lines.append(f"- command: `python {' '.join(origins[-1]['argv'])}`")
-    lines.append(f"- seeds: {', '.join(sorted({str(f['job']['seed']) for f in files}))} and those after them")
-    hashes = {name: found["prompts"] for f in files for name, found in f["datasets"].items()}
-    lines += ["", table(("workload", "sha256 of the prompts"), [(n, h[:16]) for n, h in sorted(hashes.items())])]
-    return "\n".join(lines)
+    if not lines:
+        lines.append("There is no measurement of this version yet; `make results` makes one.\n")
+    reports = ["benchmarks/RESULTS.md", *(name for name, (source, _) in REPORTS.items() if source in data)]
+    links = "\n".join(f"- [{Path(name).name}]({name}): {LINKS[name]}" for name in reports)
+    return "\n".join([*lines, f"In full:\n\n{links}\n"])
 
 
-def suite_sections(measured: Sequence[Measured], folder: Path) -> list[str]:
-    """Everything that comes from the suite, conclusions first."""
-    if not measured:
-        raise SystemExit("The suite's folder has no method beside plain decoding.")
-    cases = [m.case for m in measured]
-    # The main case is the one that most workloads were measured in.
-    places = [(case.ratio, case.concurrency) for case in cases]
-    ratio, concurrency = max(dict.fromkeys(places), key=places.count)
-    usual = [m for m in measured if is_main(m, measured)]
-    main = [m for m in usual if (m.case.ratio, m.case.concurrency) == (ratio, concurrency)]
-    # The other axes were measured on one workload, which the main case has, too.
-    others = [m.case.workload for m in measured if (m.case.ratio, m.case.concurrency) != (ratio, concurrency)]
-    pool = others[0] if others else main[0].case.workload
-    pooled = [m for m in usual if m.case.workload == pool]
-    in_main = [m for m in main if m.case.workload == pool]
-    sentences = (
-        best_and_worst(measured) + against_peers(measured, in_main[0].case) + losslessness(measured) + laws(measured)
-    )
-    sentences += disturbance(measured, measured[0].clock)
-    findings = HERE / "findings.md"
-    return [
-        "## In short\n\n" + "\n".join(f"- {sentence}" for sentence in sentences) + "\n",
-        findings.read_text() if findings.exists() else "",
-        section_main(main, folder),
-        section_axis(
-            [m for m in pooled if m.case.concurrency == concurrency],
-            "ratio", "Speed-up by cost of the target", "cost of a target pass in draft passes", folder,
-        ),
-        section_axis(
-            [m for m in pooled if m.case.ratio == ratio],
-            "concurrency", "Speed-up by batch", "requests in a batch", folder,
-        ),
-        section_proposals([m for m in measured if m.case in {p.case for p in in_main}]),
-        section_losing(measured),
-        section_bound(pooled),
-        section_pictures(in_main, folder),
-    ]  # fmt: skip
+def with_part(readme: str, part: str) -> str:
+    """The README with another part between the marks.
+
+    Raises:
+        SystemExit: The marks are not there.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"{README} must have the lines {BEGIN.strip()!r} and {END.strip()!r}.")
+    return f"{before}{BEGIN}\n{part}\n{END}{after}"
+
+
+def render(data: Data, root: Path) -> dict[str, str]:
+    """All reports that the data has something for, by path in the repository.
+
+    Args:
+        data: From `read`.
+        root: Of the repository, whose README is taken.
+    """
+    found = {"benchmarks/RESULTS.md": results(data)}
+    found |= {name: writer(data[source]) for name, (source, writer) in REPORTS.items() if source in data}
+    if (readme := root / README).exists():
+        found[README] = with_part(readme.read_text(encoding="utf-8"), readme_part(data))
+    return found
+
+
+def pictures(data: Data) -> dict[str, Callable[[Path], object]]:
+    """By file name, what draws each picture that the reports refer to."""
+
+    def plots() -> Any:
+        import plots  # Checking needs no matplotlib.
+
+        return plots
+
+    found: dict[str, Callable[[Path], object]] = {}
+    if "speed" in data:
+        suite = Suite(data["speed"])
+        found["speedup_by_workload.png"] = lambda path: plots().speedup_by_workload(suite.main, path)
+        if varies(suite.by_ratio, "ratio"):
+            label = "cost of a target pass in draft passes"
+            found["speedup_by_ratio.png"] = lambda path: plots().speedup_along(suite.by_ratio, "ratio", label, path)
+        if varies(suite.by_batch, "concurrency"):
+            found["speedup_by_concurrency.png"] = lambda path: plots().speedup_along(
+                suite.by_batch, "concurrency", "requests in a batch", path
+            )
+        found["acceptance_by_position.png"] = lambda path: plots().acceptance_by_position(suite.in_main, path)
+        found["step_by_phase.png"] = lambda path: plots().step_by_phase(suite.in_main, path)
+    if "scaling" in data:
+        found["scaling.png"] = lambda path: plots().scaling(data["scaling"]["rows"], path)
+    return found
+
+
+def differences(data: Data, root: Path) -> Iterator[str]:
+    """A line for everything in which committed reports are not what would be written."""
+    rendered = render(data, root)
+    for name, wanted in rendered.items():
+        path = root / name
+        if not path.exists():
+            yield f"{name} is missing"
+            continue
+        lines = path.read_text(encoding="utf-8").splitlines(), wanted.splitlines()
+        yield from difflib.unified_diff(*lines, f"{name}, as it is", f"{name}, from the data", lineterm="", n=0)
+    for name in REPORTS:
+        if name not in rendered and (root / name).exists():
+            yield f"{name} is there, but its data is not"
+    folder, referred = root / "benchmarks/plots", set(re.findall(r"\(plots/(.+?)\)", "".join(rendered.values())))
+    there = {path.name for path in folder.glob("*.png")}
+    yield from (f"plots/{name} is referred to, but missing" for name in sorted(referred - there))
+    yield from (f"plots/{name} is there, but no report refers to it" for name in sorted(there - referred))
+
+
+def write(data: Data, root: Path) -> None:
+    """Write all reports and pictures, and remove those that have no data any more."""
+    rendered, drawn = render(data, root), pictures(data)
+    for name in REPORTS:
+        if name not in rendered:
+            (root / name).unlink(missing_ok=True)
+    for name, text in rendered.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text, encoding="utf-8")
+        print(f"wrote {root / name}")
+    folder = root / "benchmarks/plots"
+    for path in folder.glob("*.png"):
+        if path.name not in drawn:
+            path.unlink()
+    for name, draw in drawn.items():
+        draw(folder / name)
 
 
 def main() -> None:
-    """Write the report."""
+    """Write or check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", type=Path, required=True, help="folder with the suite's files")
-    parser.add_argument("--other-pair", type=Path, help="folder with a suite of the pair of `languages.py`")
-    parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md")
-    parser.add_argument("--clock", choices=CLOCKS, default="seconds", help="cpu_seconds, where other work disturbs")
-    for name, (title, _) in SECTIONS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=Path, help=f"file for {title!r}")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if something differs")
+    parser.add_argument("--root", type=Path, default=ROOT, help="of the repository, or of another folder to write to")
+    parser.add_argument("--data", type=Path, help="instead of benchmarks/data there")
     options = parser.parse_args()
-    files = read(options.suite)
-    measured = compare(files, options.clock)
-    parts = [
-        "# Results\n\nWritten by `benchmarks/report.py` from the benchmarks' files. Numbers come from these, but for "
-        "those that\n`findings.md` quotes from elsewhere, with their source.\n"
-    ]
-    parts += suite_sections(measured, options.out.parent / "plots")
-    if options.other_pair:
-        parts.append(section_other_pair(options.other_pair))
-    for name, (title, reader) in SECTIONS.items():
-        if path := getattr(options, name):
-            parts.append(f"## {title}\n\n{reader(path)}")
-    parts.append(section_how(files, measured))
-    options.out.write_text("\n".join(part.rstrip("\n") + "\n" for part in parts if part))
-    print(f"{options.out}: {len(files)} cells")
+    data = read(options.data or options.root / "benchmarks/data")
+    if not options.check:
+        write(data, options.root)
+    elif lines := list(differences(data, options.root)):
+        sys.exit("\n".join([*lines, "Write the reports again: python benchmarks/report.py"]))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,15 @@
-"""The suite's files, read: speed-ups against plain decoding with intervals, tokens per pass, the bound, the phases."""
+"""The suite's data, read: speed-ups against plain decoding with intervals, tokens per pass, the bound, the phases."""
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from grid import baseline
-from workloads import loops
 
 DRAWS = 2000
 PASSES = ("prefill pass", "target pass", "draft pass")
@@ -40,6 +37,11 @@ class Case(NamedTuple):
     concurrency: int
     temperature: float
     workload: str
+
+    @property
+    def cost(self) -> str:
+        """What a pass of the target costs, in words."""
+        return f"cost ratio {self.ratio:g}" if self.ratio else "the target as it is"
 
 
 def ratio_of_sums(above: npt.NDArray[np.float64], below: npt.NDArray[np.float64]) -> Estimate:
@@ -88,16 +90,13 @@ class Measured:
     Attributes:
         method: Its name.
         proposals: Most tokens proposed in a step.
-        clock: What speed-ups are ratios of: `seconds` that passed, or `cpu_seconds` of the process, which other load
-            disturbs less, and which mean the same with one thread.
-        rows: As in the files, one for each repetition.
+        rows: As in the data (`reduce.py`), one for each repetition.
         plain: Of the same repetitions.
     """
 
     case: Case
     method: str
     proposals: int
-    clock: str = "seconds"
     rows: list[dict[str, Any]] = field(default_factory=list)
     plain: list[dict[str, Any]] = field(default_factory=list)
 
@@ -106,7 +105,7 @@ class Measured:
         """A name for sentences."""
         case = self.case
         return (
-            f"{self.method}, {case.workload}, T = {case.temperature:g}, cost ratio {case.ratio:g}, "
+            f"{self.method}, {case.workload}, T = {case.temperature:g}, {case.cost}, "
             f"batch {case.concurrency}, {self.proposals} proposals"
         )
 
@@ -116,39 +115,32 @@ class Measured:
 
         Plain decoding's, so that the same groups count for every method.
         """
-        shares = [
-            [np.mean([loops(ids) for ids in group["target_ids"]]) for group in row["groups"]] for row in self.plain
-        ]
+        shares = [row["groups"]["loops"] for row in self.plain]
         found: npt.NDArray[np.bool_] = np.mean(shares, axis=0) > 0.5
         return found
 
-    def _groups(self, rows: list[dict[str, Any]], what: Any, keep_loops: bool) -> npt.NDArray[np.float64]:
-        values = np.array([[what(group) for group in row["groups"]] for row in rows], dtype=float)
+    def _groups(self, rows: list[dict[str, Any]], name: str, keep_loops: bool) -> npt.NDArray[np.float64]:
+        values = np.array([row["groups"][name] for row in rows], dtype=float)
         return values if keep_loops else values[:, ~self.looping]
 
     def speedup(self, keep_loops: bool = False) -> Estimate | None:
         """Seconds of plain decoding over this method's; `None` if every group loops."""
         if not keep_loops and self.looping.all():
             return None
-        above, below = (
-            self._groups(rows, lambda group: group[self.clock], keep_loops) for rows in (self.plain, self.rows)
-        )
-        return ratio_of_sums(above, below)
+        return ratio_of_sums(*(self._groups(rows, "seconds", keep_loops) for rows in (self.plain, self.rows)))
 
     def tokens_per_pass(self, keep_loops: bool = False) -> Estimate | None:
-        """Tokens over passes of the target for a request, as the cell counted them; plain decoding has 1."""
+        """Tokens over passes of the target for a request, as they were counted; plain decoding has 1."""
         if not keep_loops and self.looping.all():
             return None
-        above = self._groups(self.rows, lambda group: group["counters"]["tokens"], keep_loops)
-        return ratio_of_sums(above, self._groups(self.rows, lambda group: group["counters"]["passes"], keep_loops))
+        return ratio_of_sums(*(self._groups(self.rows, name, keep_loops) for name in ("tokens", "passes")))
 
     def acceptance(self) -> list[float]:
         """Share of the steps with proposals in which at least 1, 2, ... were accepted; loops included."""
-        counted = [group["counters"] for row in self.rows for group in row["groups"] if group["counters"].get("drafts")]
-        if not counted:
+        drafts = sum(row.get("drafts", 0) for row in self.rows)
+        if not drafts:
             return []
-        accepted = np.sum([c["accepted_at"] for c in counted], axis=0)
-        return list(accepted / sum(c["drafts"] for c in counted))
+        return list(np.sum([row["accepted_at"] for row in self.rows if row.get("drafts")], axis=0) / drafts)
 
     def bound(self) -> dict[str, float] | None:
         """The speed-up if only passes of the models took time, and its parts; loops included.
@@ -170,10 +162,9 @@ class Measured:
             "achieved": speedup.value / bound,
         }  # fmt: skip
 
-    def undisturbed(self) -> list[float]:
-        """Share of the time in which the process had a processor, for each group; plain decoding's, too."""
-        groups = [group for row in self.rows + self.plain for group in row["groups"]]
-        return [group["cpu_seconds"] / group["seconds"] for group in groups]
+    def others(self) -> list[float]:
+        """Share of the machine that other processes took while each group was measured; plain decoding's, too."""
+        return [share for row in self.rows + self.plain for share in row["groups"]["others"]]
 
     def phases(self) -> dict[str, float]:
         """Seconds of an average step by phase, without overlap: they add up to the step."""
@@ -194,38 +185,30 @@ class Measured:
         return {name: seconds / steps for name, seconds in parts.items()}
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
-    """The suite's files."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-
-
-def compare(files: list[dict[str, Any]], clock: str = "seconds") -> list[Measured]:
+def compare(rows: Sequence[dict[str, Any]]) -> list[Measured]:
     """Pair every speculative row with plain decoding's row of the same repetition.
 
     Args:
-        files: From `read`.
-        clock: See `Measured`.
+        rows: Of the suite's data.
 
     Returns:
         For each method, number of proposals, and case; those without a plain row are left out.
     """
     plain: dict[tuple[Any, ...], dict[str, Any]] = {}
     speculative = []
-    for result in files:
-        cell = result["cell"]
-        for row in result["rows"]:
-            case = Case(cell["ratio"], cell["concurrency"], row["temperature"], row["workload"])
-            if cell["method"] == baseline(cell["method"]):
-                plain[case, cell["method"], cell["repetition"]] = row
-            else:
-                speculative.append((case, cell, row))
+    for row in rows:
+        case = Case(row["ratio"], row["concurrency"], row["temperature"], row["workload"])
+        if row["method"] == baseline(row["method"]):
+            plain[case, row["method"], row["repetition"]] = row
+        else:
+            speculative.append((case, row))
     found: dict[tuple[Any, ...], Measured] = {}
-    for case, cell, row in speculative:
-        beside = plain.get((case, baseline(cell["method"]), cell["repetition"]))
-        if beside is None or len(beside["groups"]) != len(row["groups"]):
+    for case, row in speculative:
+        beside = plain.get((case, baseline(row["method"]), row["repetition"]))
+        if beside is None or len(beside["groups"]["seconds"]) != len(row["groups"]["seconds"]):
             continue
-        key = case, cell["method"], cell["proposals"]
-        measured = found.setdefault(key, Measured(case, cell["method"], cell["proposals"], clock))
+        key = case, row["method"], row["proposals"]
+        measured = found.setdefault(key, Measured(case, row["method"], row["proposals"]))
         measured.rows.append(row)
         measured.plain.append(beside)
     return list(found.values())

@@ -1,6 +1,6 @@
 """What a step costs beside the models' passes, along four axes: requests, context, proposals, vocabulary.
 
-    python benchmarks/scaling.py --data DATA --out scaling.json
+    python benchmarks/scaling.py --data DATA
 
 As `overhead.py` measures it, whose stand-in for the draft model and whose phases these are, with the embedded pair's
 tokenizers, both heads padded to the same size. One axis is varied at a time; all points write the same passage, in
@@ -9,17 +9,16 @@ other parts it is done here. DATA has `corpus/` like the tests' (`TOKENTIMING_DA
 """
 
 import argparse
-import json
 import os
 import random
 from pathlib import Path
 from typing import Any
 
 import torch
+from conditions import answer, run_python
 from overhead import HOST, MODELS, NUM_PROPOSALS, TEXTS, Simulation, quartiles, skip_tensors, text_of, watch
-from pass_times import run_python
-from provenance import provenance
-from tables import table
+from provenance import DATA, provenance, write_data
+from report_parts import table
 from tokenizers import Tokenizer
 
 from vllm_tokentiming.draft_length import FixedLength
@@ -62,12 +61,13 @@ def simulation(pair: VocabularyPair, point: dict[str, int], text: bytes, sampled
     return Simulation(pair, writer, text[begin:], context, sampled, point["requests"], proposals)
 
 
-def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Quartiles of each part, in microseconds for a request and step, at every point.
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Threads, and quartiles of each part, in microseconds for a request and step, at every point.
 
     Args:
-        job: `data`, `steps`, `warm_up`, and whether to `skip_tensors`.
+        job: `data`, `steps`, `warm_up`, `threads`, and whether to `skip_tensors`.
     """
+    torch.set_num_threads(job["threads"])
     text = text_of(Path(job["data"]), TEXTS["English"], 60_000)
     pairs = {size: pair_of(size) for size in AXES["vocabulary"]}
     running = [simulation(pairs[p["at"]["vocabulary"]], p["at"], text, p["mode"] == "sampled") for p in POINTS]
@@ -84,33 +84,32 @@ def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
             taken, requests = clock.take(), point["at"]["requests"]
             if number >= job["warm_up"]:
                 found.append({n: sum(taken.get(p, 0.0) for p in phases) / requests for n, phases in PARTS.items()})
-    return [{name: quartiles([step[name] for step in found]) for name in PARTS} for found in spent]
+    found = [{name: quartiles([step[name] for step in steps]) for name in PARTS} for steps in spent]
+    return {"us": found, "threads": torch.get_num_threads()}
 
 
 def main() -> None:
-    """Measure every point, and print a line for each."""
+    """Measure every point, print a line for each, and write the data file."""
+    if answer(measure):
+        return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default=os.environ.get("TOKENTIMING_DATA"))
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each point")
     parser.add_argument("--warm-up", type=int, default=3, help="steps before those")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, default=1, help="of tensor work; one is what vLLM takes on two cores")
+    parser.add_argument("--out", type=Path, default=DATA, help="folder of the data file")
     args = parser.parse_args()
-    if args.job:
-        args.job.with_suffix(".result").write_text(json.dumps({"us": measure(json.loads(args.job.read_text()))}))
-        return
     if args.data is None:
         parser.error("--data, or TOKENTIMING_DATA, must name a folder with corpus/")
-    job = {"data": args.data, "steps": args.steps, "warm_up": args.warm_up}
-    host, tensors = (run_python("scaling.py", {**job, "skip_tensors": skip})["us"] for skip in (True, False))
+    job = {"data": args.data, "steps": args.steps, "warm_up": args.warm_up, "threads": args.threads}
+    host, tensors = (run_python("scaling.py", {**job, "skip_tensors": skip}) for skip in (True, False))
     results = [
         {**point, "us": {**there, "host": here["host"]}}
-        for point, here, there in zip(POINTS, host, tensors, strict=True)
+        for point, here, there in zip(POINTS, host["us"], tensors["us"], strict=True)
     ]
     print(rows_of(results))
-    if args.out:
-        found = {"provenance": provenance(), "settings": {"base": BASE, "steps": args.steps}, "results": results}
-        args.out.write_text(json.dumps(found, indent=1))
+    settings = {"base": BASE, "steps": args.steps, "threads": tensors["threads"]}
+    write_data(args.out / "scaling.json", {"provenance": provenance(), "settings": settings, "rows": results})
 
 
 def rows_of(results: list[dict[str, Any]]) -> str:

@@ -1,6 +1,6 @@
 """Latency and throughput of `vllm serve` under load, by method and request rate, measured by `vllm bench serve`.
 
-    python benchmarks/serving.py --target DIR --draft DIR --out serving.json [--rates 1 2 4]
+    python benchmarks/serving.py --target DIR [--rates 1 2 4]
 
 Needs pandas, with which `vllm bench` reads its data. One server at a time; all rates are measured on it in turns.
 Greedy by default: on CPUs vLLM's own methods need repairs of its sampler when sampling, which a plain `vllm serve` does
@@ -24,11 +24,10 @@ from typing import Any
 
 import psutil
 import workloads
+from conditions import add_options, departures, engine_of, environment
 from grid import VLLM_METHODS, with_draft
-from pass_times import ENVIRONMENT
-from provenance import provenance
+from provenance import DATA, ROOT, provenance, write_data
 
-ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS, STOP_SECONDS = 300, 30
 PERCENTILES = "50,90,99"
 
@@ -58,17 +57,13 @@ def server(
         arguments: Of `vllm serve`, besides.
     """
     port = free_port()
-    command = vllm(
-        "serve", str(target), "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
-        *arguments,
-    )  # fmt: skip
+    command = vllm("serve", str(target), "--host", "127.0.0.1", "--port", str(port), *arguments)
     if speculative is not None:
         command += ["--speculative-config", json.dumps(speculative)]
-    environment = {name: value for name, value in ENVIRONMENT.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     with log.open("w") as file:
         process = psutil.Popen(
             command,
-            env={**environment, **os.environ}, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+            env=environment(), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
         try:
@@ -106,10 +101,18 @@ def bench(url: str, rate: float, options: argparse.Namespace, dataset: Path) -> 
         "--seed", "0", "--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", PERCENTILES,
         "--save-result", "--result-dir", str(result.parent), "--result-filename", result.name,
     )  # fmt: skip
-    finished = subprocess.run(command, env={**ENVIRONMENT, **os.environ}, capture_output=True, text=True)
+    finished = subprocess.run(command, env=environment(), capture_output=True, text=True)
     if finished.returncode:
         raise SystemExit(f"vllm bench serve failed:\n{finished.stdout[-2000:]}{finished.stderr[-2000:]}")
     return {name: value for name, value in json.loads(result.read_text()).items() if not isinstance(value, list)}
+
+
+def flags_of(engine: dict[str, Any]) -> list[str]:
+    """Arguments of `vllm serve` for those of `vllm.LLM`."""
+    flags = []
+    for name, value in engine.items():
+        flags += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return flags
 
 
 def main() -> None:
@@ -117,7 +120,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, default=ROOT / "examples/models/target")
     parser.add_argument("--draft", type=Path, default=ROOT / "examples/models/draft")
-    parser.add_argument("--same-vocabulary-draft", type=Path)
     parser.add_argument("--methods", nargs="+", choices=VLLM_METHODS, default=["plain", "tli (vLLM)", "tokentiming"])
     parser.add_argument("--rates", type=float, nargs="+", default=[1, 2, 4], help="requests per second")
     parser.add_argument("--workload", default="heldout")
@@ -126,25 +128,36 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--proposals", type=int, default=5)
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--max-num-seqs", type=int, default=16)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=DATA, help="folder of the data file")
+    add_options(parser)
     options = parser.parse_args()
     loaded = workloads.load(options.workload, options.num_prompts, options.characters)
-    room = ["--max-model-len", "2048", "--max-num-seqs", str(options.max_num_seqs), "--no-enable-prefix-caching"]
+    engine = engine_of(options)
+    # The prompts of a rate come again at the next one.
+    arguments = ["--no-enable-prefix-caching", *flags_of(engine)]
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         dataset = Path(folder) / "prompts.jsonl"
         dataset.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in loaded["prompts"]))
         for method in options.methods:
-            speculative = with_draft(method, options.proposals, options.draft, options.same_vocabulary_draft)
-            with server(options.target, speculative, Path(folder) / "server.log", *room) as (_, url):
+            speculative = with_draft(method, options.proposals, options.draft)
+            with server(options.target, speculative, Path(folder) / "server.log", *arguments) as (_, url):
                 for rate in options.rates:
                     result = bench(url, rate, options, dataset)
                     runs.append({"method": method, "rate": rate, "result": result})
                     print(f"{method}, {rate:g} requests/s: {result['mean_tpot_ms']:.2f} ms a token", flush=True)
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    found = {"provenance": provenance(), "settings": settings, "datasets": loaded["sha256"], "runs": runs}
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
+    content = {
+        "provenance": provenance(),
+        "departures": departures(engine),
+        "target": options.target.name,
+        "settings": {
+            name: getattr(options, name)
+            for name in ("workload", "num_prompts", "characters", "tokens", "proposals", "temperature")
+        },
+        "prompts_sha256": loaded["sha256"]["prompts"],
+        "runs": runs,
+    }
+    write_data(options.out / "serving.json", content)
 
 
 if __name__ == "__main__":

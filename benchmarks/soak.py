@@ -1,10 +1,12 @@
 """A soak of `vllm serve` with our method: thousands of requests of all kinds at once, good ones and malicious ones.
 
-    python benchmarks/soak.py --texts DATA --out soak.json --table SOAK.md [--target DIR --draft DIR --requests 10000]
+    python benchmarks/soak.py --texts DATA [--target DIR --draft DIR --requests 10000]
 
 DATA is what `TOKENTIMING_DATA` names elsewhere. Greedy outputs are compared with those of a server without a draft. The
-server has too few blocks for its requests, so has the draft, and prompts come in chunks. Exits with 1 if a request was
-lost, answered wrongly or with a status 5xx, if the server died, the draft failed, or its blocks did not come back.
+server has too few blocks for its requests, so has the draft, and prompts come in chunks. It computes in float32, since
+in smaller types greedy outputs depend on who else is in the batch; otherwise it is a user's, compiled. Exits with 1 if
+a request was lost, answered wrongly or with a status 5xx, if the server died, the draft failed, or its blocks did not
+come back.
 
 `--plain` sends the same to a server without a draft, `--only NUMBER ...` only these requests: both tell whether a fault
 is vLLM's own. With `--max-num-batched-tokens 8192` no prompt comes in chunks, and some requests have seeds; those whose
@@ -32,13 +34,16 @@ from typing import Any
 import aiohttp
 import psutil
 import workloads
+from conditions import departures
 from prometheus_client.parser import text_string_to_metric_families
-from provenance import provenance
-from serving import ROOT, fetch, server
+from provenance import DATA, ROOT, provenance, write_data
+from report_soak import FAILURES, soak_text
+from serving import fetch, flags_of, server
 from soak_requests import BASE, FINISH, PATHS, REFUSE, Changed, Choice, NearTie, Reference, Request, Requests, Wrong
 from tokenizers import Tokenizer
 
 MAX_LEN, BLOCK, SEQUENCES = 512, 32, 16
+ENGINE = {"dtype": "float32", "max_num_seqs": SEQUENCES, "max_model_len": MAX_LEN}
 TARGET_BLOCKS, DRAFT_BLOCKS = 40, 45  # A request of the greatest length needs 16.
 LENGTHS, WRITTEN = (1, 30, 250), 48  # Tokens of the greedy requests' prompts, and of their outputs.
 REST_SECONDS, WATCH_SECONDS = 60, 2
@@ -46,7 +51,6 @@ GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "1310
 FLAT = 0.02  # Growth of the memory from the middle to the end that may be chance.
 LOGGED = re.compile(r"(WARNING|ERROR) \S+ \S+ \[(\S+)\] (Token\S+|Missing cached draft probabilities|)")
 EXAMPLES = 5  # Of everything that goes wrong, in the report.
-FAILURES = ("wrong", "lost", "5xx", "refused unexpectedly", "finished unexpectedly")
 STAGES = (0.2, 0.4, 0.6, 0.8, 1.0)
 RUNNING = ("num_requests_running", "num_requests_waiting")
 WATCHED = ("tokentiming_", "spec_decode_", "num_preemptions", "prompt_tokens_total", "generation_tokens")
@@ -68,8 +72,8 @@ def speculation(draft: Path) -> dict[str, Any]:
 def pressure(max_num_batched_tokens: int) -> list[str]:
     """Arguments of a server that has too little of everything."""
     return [
-        "--served-model-name", BASE["model"], "--max-model-len", str(MAX_LEN), "--block-size", str(BLOCK),
-        "--max-num-seqs", str(SEQUENCES), "--max-num-batched-tokens", str(max_num_batched_tokens),
+        "--served-model-name", BASE["model"], "--block-size", str(BLOCK),
+        *flags_of(ENGINE), "--max-num-batched-tokens", str(max_num_batched_tokens),
         "--num-gpu-blocks-override", str(TARGET_BLOCKS), "--disable-uvicorn-access-log",
     ]  # fmt: skip
 
@@ -308,36 +312,6 @@ class Soak:
         return {"stages": stages, "growth_after_the_middle": growth, "flat": growth < FLAT}
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """A short report."""
-    results = sorted({result for counts in found["kinds"].values() for result in counts})
-    rows = [*found["kinds"].items(), ("all", found["total"])]
-    # Malicious requests are many kinds; what became of them all is enough here.
-    malicious = sum((Counter(counts) for kind, counts in rows if kind.startswith("malicious")), Counter())
-    rows = [row for row in rows[:-1] if not row[0].startswith("malicious")] + [("malicious", malicious), rows[-1]]
-    lines = [f"| requests | {' | '.join(results)} |", "|---" * (len(results) + 1) + "|"]
-    lines += [f"| {kind} | {' | '.join(str(counts.get(result, 0)) for result in results)} |" for kind, counts in rows]
-    seconds, slowest = found["seconds"], found["slowest_seconds"]
-    rate = sum(found["total"].values()) / seconds
-    lines += ["", f"{seconds:.0f} s, {rate:.1f} requests/s; the slowest took {slowest:.0f} s."]
-    lines += ["", "| counted | |", "|---|---|"]
-    lines += [
-        # Gauges are what they are at the end.
-        f"| {name} | {row['after'] - ('_total' in name) * row['before']:.6g} |"
-        for name, row in found["metrics"].items()
-    ]
-    lines += ["", "| memory at | MiB |  |", "|---|---|---|"]
-    for stage in found["memory"]["stages"]:
-        of = ", ".join(f"{name} {size:.0f}" for name, size in stage["of"].items())
-        lines.append(f"| {stage['requests']} requests | {stage['mib']:.0f} | {of} |")
-    flat = "flat" if found["memory"]["flat"] else "NOT flat"
-    lines += ["", f"Memory after the middle: {found['memory']['growth_after_the_middle']:+.1%}, {flat}."]
-    lines += ["", "Failures: " + ("; ".join(found["failures"]) or "none") + "."]
-    for result in FAILURES:
-        lines += [f"- {result}: {json.dumps(row)}" for row in found["examples"].get(result, [])]
-    return "\n".join(lines)
-
-
 def main() -> int:
     """Soak a server."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -352,8 +326,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=300, help="seconds, after which a request is lost")
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--only", type=int, nargs="+", metavar="NUMBER")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--table", type=Path, help="write the report there, too")
+    parser.add_argument("--out", type=Path, default=DATA, help="folder of the data file")
     options = parser.parse_args()
     os.environ.update(GIVE_BACK, TOKENTIMING_DATA=str(options.texts))
     loaded = [workloads.load("heldout", options.prompts * 2 // 3, 3000)]
@@ -373,24 +346,17 @@ def main() -> int:
             found = asyncio.run(Soak(process, url, requests, options).run())
         # Without what is this machine's.
         lines = log.read_text(errors="replace").replace(f"{ROOT}/", "").replace(sys.base_prefix, "").splitlines()
-    settings = {name: os.path.relpath(v) if isinstance(v, Path) else v for name, v in vars(options).items()}
+    kept = {name: v for name, v in vars(options).items() if name not in ("out", "texts")}
+    settings = {name: os.path.relpath(v, ROOT) if isinstance(v, Path) else v for name, v in kept.items()}
     # Where in the code what was logged; a refused stream makes many lines.
     logged = Counter(match.groups() for line in lines if (match := LOGGED.search(line)))
     found["log"] = {" ".join(key): count for key, count in logged.most_common()}
     found["end_of_log"] = lines[-60:] if found["failures"] else []
     hashes = {name: value for part in loaded for name, value in part["sha256"].items() if name != "prompts"}
     speculative = speculative and {**speculative, "model": settings["draft"]}
-    about = {"provenance": provenance(), "settings": settings, "speculation": speculative, "datasets": hashes}
-    options.out.write_text(json.dumps(about | found, indent=1) + "\n")
-    report = markdown(found)
-    print(report)
-    if options.table:
-        made, number = about["provenance"], sum(found["total"].values())
-        options.table.write_text(
-            f"# Soak\n\nWritten by `benchmarks/soak.py`, which says what is sent: {number:,} requests from "
-            f"{options.clients} clients at once,\nto one server of the embedded pair that has too few blocks for them. "
-            f"Commit {made['commit'][:10]}, {made['processor']}.\n\n{report}\n"
-        )
+    about = {"provenance": provenance(), "departures": departures(ENGINE), "settings": settings}
+    write_data(options.out / "soak.json", {**about, "speculation": speculative, "datasets": hashes, **found})
+    print(soak_text(found))
     return bool(found["failures"])
 
 

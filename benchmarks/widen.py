@@ -186,7 +186,7 @@ def main() -> None:
 
         if options.draft is None:
             parser.error("--ratio needs --draft")
-        hidden, layers, reason = shape_for_ratio(options.target, options.draft, options.ratio)
+        hidden, layers, reason = shape_for_ratio(options.target, options.draft, options.ratio, {})
     elif options.hidden and options.layers:
         hidden, layers, reason = options.hidden, options.layers, None
     else:

@@ -1,31 +1,38 @@
-"""The report's numbers are what the suite's files say, and its checks see what they are for."""
+"""The reports are what their program writes from the data, and its checks see what they are for."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-pytest.importorskip("matplotlib")
-
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import conclusions
-import lossless
+import provenance
 import report
 from grid import GRIDS, METHODS, baseline
-from results import compare, ratio_of_sums, read
+from reduce import reduced
+from report_speed import Suite
+from results import compare, ratio_of_sums
 from workloads import loops
 
+ROOT = provenance.ROOT
 TEXT = [list(range(number, number + 21)) for number in (0, 100, 200)]
+CONDITION = {"dtype": "bfloat16", "compiled": True, "threads": 2, "device": "cpu", "max_num_seqs": 256}
+MADE = {
+    "command": "python x.py", "commit": "0123456789abcdef", "modified": [], "versions": {"vllm": "9"},
+    "hardware": "2 cores of X, CPU", "time": "2026-01-02T03:04:05Z",
+}  # fmt: skip
 
 
-def write(folder, method, repetition, seconds, passes, written, *, busy=0.0):
+def cell(method, repetition, seconds, passes, written, others=0.0):
     groups = [
         {
-            "seconds": s, "cpu_seconds": s * (1 - busy), "target_ids": [ids],
-            "counters": {"passes": p, "tokens": 20, "drafts": p, "accepted_at": [p // 2, 1, 0]},
+            "seconds": s, "others": others, "target_ids": [ids], "tokens": 20, "passes": p,
+            "drafts": 0 if method == "plain" else p, "accepted_at": [] if method == "plain" else [p // 2, 1, 0],
         }
         for s, p, ids in zip(seconds, passes, written, strict=True)
     ]  # fmt: skip
@@ -33,50 +40,160 @@ def write(folder, method, repetition, seconds, passes, written, *, busy=0.0):
     phases = {"target pass": timed, "step": {**timed, "seconds": 0.2 * sum(passes)}}
     if method != "plain":
         phases["draft pass"] = {"calls": 4 * sum(passes), "seconds": 0.04 * sum(passes), "median": 0.01}
-    proposals = 0 if method == "plain" else 3
-    cell = {"ratio": 20, "method": method, "proposals": proposals, "concurrency": 1, "repetition": repetition}
-    row = {"temperature": 0.0, "workload": "heldout", "groups": groups, "phases": phases}
-    origin = {"argv": ["suite.py"], "commit": "c", "modified": [], "versions": {}, "processor": "p", "cores": 1}
     shape = {"layers": 9, "hidden": 64, "parameters": 2, "original_parameters": 1, "chosen_by": None}
-    content = {
-        "cell": cell, "rows": [row], "widened": shape, "provenance": {**origin, "time": "t"},
-        "job": {"seed": 0}, "datasets": {"heldout": {"prompts": "0" * 64}},
+    row = {"temperature": 0.0, "workload": "heldout", "concurrency": 1, "groups": groups, "phases": phases}
+    proposals = 0 if method == "plain" else 3
+    return {
+        "cell": {"ratio": 20, "method": method, "proposals": proposals, "repetition": repetition},
+        "rows": [row], "widened": shape, "conditions": CONDITION, "commit": "c", "seed": 0,
+        "datasets": {"heldout, batch 1": "0" * 64},
     }  # fmt: skip
-    (folder / f"{method}-{repetition}.json").write_text(json.dumps(content))
 
 
-def pair(folder, written=TEXT, plain_text=TEXT):
+def cells(written=TEXT, plain_text=TEXT, **changes):
+    found = []
     for repetition in range(2):
-        write(folder, "plain", repetition, [4, 4, 4], [20, 20, 20], plain_text)
-        write(folder, "tokentiming", repetition, [2, 2, 1], [10, 10, 5], written)
+        found.append(cell("plain", repetition, [4, 4, 4], [20, 20, 20], plain_text))
+        found.append(cell("tokentiming", repetition, [2, 2, 1], [10, 10, 5], written, **changes))
+    return found
 
 
-def test_speedup_and_tokens_per_pass_are_ratios_of_sums(tmp_path):
-    pair(tmp_path)
-    (measured,) = compare(read(tmp_path))
-    assert measured.speedup().value == pytest.approx(12 / 5)
-    assert measured.tokens_per_pass().value == pytest.approx(60 / 25)
-    assert measured.acceptance() == pytest.approx([12 / 25, 3 / 25, 0])
-    bound = measured.bound()
-    assert bound["bound"] == pytest.approx((60 / 25) * 0.1 / (0.1 + 4 * 0.01))
-    assert sum(measured.phases().values()) == pytest.approx(0.2)
+def measured(*arguments, **changes):
+    (found,) = compare(reduced(cells(*arguments, **changes))["rows"])
+    return found
 
 
-def test_a_busy_machine_is_reported(tmp_path):
-    pair(tmp_path)
-    assert not any("busy" in sentence for sentence in conclusions.disturbance(compare(read(tmp_path)), "seconds"))
-    write(tmp_path, "tokentiming", 1, [2, 2, 1], [10, 10, 5], TEXT, busy=0.3)
-    sentences = conclusions.disturbance(compare(read(tmp_path)), "seconds")
-    assert "not to be trusted" in sentences[-1]
+def speed(*arguments):
+    settings = {"side_workloads": ["heldout"]}
+    about = {"provenance": MADE, "departures": ["not compiled"], "pair": "a pair", "settings": settings}
+    return {**about, **reduced(cells(*arguments))}
 
 
-def test_groups_whose_plain_output_loops_count_for_no_method(tmp_path):
+def accepted():
+    rows = [
+        {"method": method, "temperature": t, "tokens": [40, 40], "passes": passes, "outputs": 4, "different": 1}
+        for t in (0.0, 0.8)
+        for method, passes in (("slem", [40, 30]), ("tokentiming", [20, 15]))
+    ]
+    settings = {"workload": "heldout", "num_prompts": 4, "tokens": 11, "group": 2, "proposals": 5}
+    about = {"provenance": MADE, "conditions": {"slem": CONDITION}, "pair": "a pair", "settings": settings}
+    return {**about, "rows": rows}
+
+
+def written(folder, **data):
+    """A repository with data files and the reports that are written from them, without pictures."""
+    (folder / "benchmarks/plots").mkdir(parents=True)
+    (folder / "README.md").write_text(f"# Name\n\n{report.BEGIN}old\n{report.END}\nMore.\n")
+    for name, content in data.items():
+        provenance.write_data(folder / f"benchmarks/data/{name}.json", content)
+    for name, text in report.render(report.read(folder / "benchmarks/data"), folder).items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def differences(folder):
+    return list(report.differences(report.read(folder / "benchmarks/data"), folder))
+
+
+def test_the_committed_reports_are_written_from_the_committed_data():
+    found = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks/report.py"), "--check"], capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+
+
+def test_a_number_that_was_changed_by_hand_is_found(tmp_path):
+    folder = written(tmp_path, acceptance=accepted())
+    assert differences(folder) == []
+    path = folder / "README.md"
+    assert "| tokentiming | 2.29 [2.00, 2.67] |" in path.read_text()
+    path.write_text(path.read_text().replace("| tokentiming | 2.29 ", "| tokentiming | 2.39 "))
+    lines = differences(folder)
+    assert any(line.startswith("-| tokentiming | 2.39 ") for line in lines)
+    assert any(line.startswith("+| tokentiming | 2.29 ") for line in lines)
+
+
+def test_the_check_says_what_differs_and_fails(tmp_path):
+    folder = written(tmp_path, acceptance=accepted())
+    (folder / "benchmarks/RESULTS.md").write_text("On an accelerator, it is a few launches.\n")
+    found = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks/report.py"), "--check", "--root", str(folder)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert found.returncode == 1
+    assert "-On an accelerator, it is a few launches." in found.stderr
+
+
+def test_a_report_without_data_is_neither_written_nor_left_there(tmp_path):
+    folder = written(tmp_path)
+    assert sorted(path.name for path in (folder / "benchmarks").glob("*.md")) == ["RESULTS.md"]
+    assert "no measurement" in (folder / "README.md").read_text()
+    (folder / "benchmarks/SOAK.md").write_text("# Soak\n")
+    assert differences(folder) == ["benchmarks/SOAK.md is there, but its data is not"]
+
+
+def test_pictures_have_to_be_there_and_referred_to(tmp_path):
+    folder = written(tmp_path, speed=speed())
+    drawn = report.pictures(report.read(folder / "benchmarks/data"))
+    assert sorted(differences(folder)) == sorted(f"plots/{name} is referred to, but missing" for name in drawn)
+    for name in [*drawn, "old.png"]:
+        (folder / "benchmarks/plots" / name).touch()
+    assert differences(folder) == ["plots/old.png is there, but no report refers to it"]
+
+
+def test_pictures_are_drawn_and_old_ones_removed(tmp_path):
+    pytest.importorskip("matplotlib")
+    folder = written(tmp_path, speed=speed())
+    (folder / "benchmarks/plots/old.png").touch()
+    report.write(report.read(folder / "benchmarks/data"), folder)
+    assert differences(folder) == []
+    assert not (folder / "benchmarks/plots/old.png").exists()
+
+
+def test_a_finding_without_its_value_is_left_out():
+    text = "## Head\n\n- One is {{a}}.\n- Two is\n  {{b}}.\n- Three.\n"
+    assert report.findings(text, {"a": "1"}) == "## Head\n\n- One is 1.\n- Three.\n"
+
+
+def test_findings_name_only_values_that_data_can_have():
+    values = report.values_of({"acceptance": accepted()})
+    assert values["tokentiming over slem, T = 0"].startswith("2.00 [")
+    text = report.results({"acceptance": accepted()})
+    assert "2.00 [2.00, 2.00] times as many tokens a pass" in text
+    assert "{{" not in text
+    assert "µs" not in text.partition("## Tokens per target pass")[0]
+
+
+def test_conditions_and_what_is_not_a_users_stand_below_a_section(tmp_path):
+    text = report.results({"speed": speed()})
+    assert "bfloat16, compiled, 2 threads, at most 256 requests at once; vLLM 9; 2 cores of X, CPU" in text
+    assert "Not as users have it: not compiled." in text
+    mixed = {**accepted(), "conditions": {"slem": CONDITION, "tokentiming": {**CONDITION, "threads": 3}}}
+    text = report.results({"acceptance": mixed})
+    assert "slem: bfloat16, compiled, 2 threads" in text
+    assert "tokentiming: bfloat16, compiled, 3 threads" in text
+
+
+def test_speedup_and_tokens_per_pass_are_ratios_of_sums():
+    found = measured()
+    assert found.speedup().value == pytest.approx(12 / 5)
+    assert found.tokens_per_pass().value == pytest.approx(60 / 25)
+    assert found.acceptance() == pytest.approx([12 / 25, 3 / 25, 0])
+    assert found.bound()["bound"] == pytest.approx((60 / 25) * 0.1 / (0.1 + 4 * 0.01))
+    assert sum(found.phases().values()) == pytest.approx(0.2)
+
+
+def test_a_busy_machine_is_reported():
+    assert conclusions.disturbance([measured()]) == []
+    assert "not to be trusted" in conclusions.disturbance([measured(others=0.3)])[-1]
+
+
+def test_groups_whose_plain_output_loops_count_for_no_method():
     looping = [*TEXT[:2], [1, 2, 3] * 7]
-    pair(tmp_path, looping, looping)
-    (measured,) = compare(read(tmp_path))
-    assert measured.looping.tolist() == [False, False, True]
-    assert measured.speedup().value == pytest.approx(2)
-    assert measured.speedup(keep_loops=True).value == pytest.approx(12 / 5)
+    found = measured(looping, looping)
+    assert found.looping.tolist() == [False, False, True]
+    assert found.speedup().value == pytest.approx(2)
+    assert found.speedup(keep_loops=True).value == pytest.approx(12 / 5)
 
 
 def test_interval_holds_the_ratio_and_is_a_point_without_variation():
@@ -87,31 +204,28 @@ def test_interval_holds_the_ratio_and_is_a_point_without_variation():
     assert ratio_of_sums(np.full((2, 4), 3.0), np.ones((2, 4))) == (3, 3, 3)
 
 
-def test_a_changed_greedy_token_is_reported_and_noted(tmp_path):
-    pair(tmp_path)
-    assert lossless.check(tmp_path) == []
-    changed = [TEXT[0], [*TEXT[1][:7], 0, *TEXT[1][8:]], TEXT[2]]
-    write(tmp_path, "tokentiming", 1, [2, 2, 1], [10, 10, 5], changed)
-    (sentence,) = lossless.check(tmp_path)
-    assert "1 of 3 outputs differ" in sentence
-    assert "token 7" in sentence
-    noted = json.loads((tmp_path / "tokentiming-1.json").read_text())["rows"][0]["lossless"]
-    assert noted == {"same": 2, "of": 3, "first_difference": [7]}
+def test_a_changed_greedy_token_is_counted_and_in_float32_no_rounding():
+    assert "6 of 6 greedy outputs" in conclusions.losslessness([measured()], "float32")[0]
+    found = measured([TEXT[0], [*TEXT[1][:7], 0, *TEXT[1][8:]], TEXT[2]])
+    assert [row["different"] for row in found.rows] == [1, 1]
+    sentence, *wrong = conclusions.losslessness([found], "float32")
+    assert "4 of 6 greedy outputs" in sentence
+    assert all("Not lossless" in line for line in wrong)
+    assert len(wrong) == 2
+    (sentence,) = conclusions.losslessness([found], "bfloat16")
+    assert "rounds otherwise" in sentence
 
 
-def test_the_report_is_written_from_the_files(tmp_path, monkeypatch):
-    (tmp_path / "suite").mkdir()
-    pair(tmp_path / "suite")
-    lossless.check(tmp_path / "suite")
-    monkeypatch.setattr(sys, "argv", ["report", "--suite", str(tmp_path / "suite"), "--out", str(tmp_path / "R.md")])
-    report.main()
-    text = (tmp_path / "R.md").read_text()
-    assert "6 of 6 greedy outputs" in text
-    assert "**2.40 [" in text
-    assert "The targets were widened" in text
-    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == [
-        "acceptance_by_position.png", "speedup_by_workload.png", "step_by_phase.png",
-    ]  # fmt: skip
+def test_a_data_file_has_a_line_for_each_row_and_short_numbers(tmp_path):
+    path = tmp_path / "new/x.json"
+    provenance.write_data(path, {"a": 1 / 3, "rows": [{"b": [2 / 3, 4]}, {"b": "ж"}]})
+    assert path.read_text().splitlines()[3:5] == ['  {"b": [0.66667, 4]},', '  {"b": "ж"}']
+    assert json.loads(path.read_text()) == {"a": 0.33333, "rows": [{"b": [0.66667, 4]}, {"b": "ж"}]}
+
+
+def test_a_command_names_no_folder_of_this_machine():
+    found = provenance.provenance(["/other/place/x.py", str(provenance.ROOT / "benchmarks/y"), "--pair", "A <- B"])
+    assert found["command"] == "python x.py benchmarks/y --pair 'A <- B'"
 
 
 @pytest.mark.parametrize(
@@ -136,5 +250,18 @@ def test_every_repetition_has_the_same_cells_and_begins_with_another_method():
     assert all(baseline(method) in METHODS for method in METHODS)
 
 
+def test_a_baseline_measures_every_case_of_what_is_held_against_it():
+    for grid in GRIDS.values():
+        for found in grid.cells():
+            plain = next(c for c in grid.cells() if c.ratio == found.ratio and c.method == baseline(found.method))
+            assert set(grid.cases_of(found)) <= set(grid.cases_of(plain))
+
+
 def test_one_group_has_no_interval():
     assert str(ratio_of_sums(np.full((2, 1), 3.0), np.ones((2, 1)))) == "3.00 [one group]"
+
+
+def test_the_main_case_is_the_one_most_was_measured_in():
+    suite = Suite(speed())
+    assert (suite.ratio, suite.concurrency) == (20, 1)
+    assert suite.in_main == suite.main == suite.pooled

@@ -1,0 +1,194 @@
+"""Sections of `RESULTS.md` from the data of one program each."""
+
+import statistics
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from grid import OURS, PLAIN
+from report_parts import dtype_of, origin, spread, table
+from results import Estimate, ratio_of_sums
+
+Data = dict[str, Any]
+
+
+class Accepted:
+    """The rows of `acceptance.py`."""
+
+    def __init__(self, found: Data) -> None:
+        """Take the file's content."""
+        self._rows = {(row["method"], row["temperature"]): row for row in found["rows"]}
+        self.methods = list(dict.fromkeys(row["method"] for row in found["rows"]))
+        self.temperatures = sorted({row["temperature"] for row in found["rows"]})
+
+    def _column(self, method: str, temperature: float, name: str) -> npt.NDArray[np.float64]:
+        return np.array([self._rows[method, temperature][name]], dtype=float)
+
+    def tokens_per_pass(self, method: str, temperature: float) -> Estimate:
+        """Tokens over passes."""
+        return ratio_of_sums(*(self._column(method, temperature, name) for name in ("tokens", "passes")))
+
+    def times(self, method: str, other: str, temperature: float) -> Estimate:
+        """How many times as many tokens a pass a method has as another one, the same prompts side by side."""
+        # All write equally many tokens, so fewer passes are more tokens in one.
+        return ratio_of_sums(*(self._column(name, temperature, "passes") for name in (other, method)))
+
+    def greedy(self, method: str) -> str:
+        """How many greedy outputs were plain decoding's."""
+        row = self._rows.get((method, 0.0), {})
+        if "different" not in row:
+            return ""
+        return f"{row['outputs'] - row['different']} of {row['outputs']}"
+
+    def table(self) -> str:
+        """Tokens per pass by method and temperature."""
+        greedy = any(self.greedy(method) for method in self.methods)
+        head = ["tokens per pass", *(f"T = {t:g}" for t in self.temperatures), *["greedy outputs kept"] * greedy]
+        rows = [
+            (m, *(self.tokens_per_pass(m, t) for t in self.temperatures), *[self.greedy(m)] * greedy)
+            for m in self.methods
+        ]
+        return table(head, rows)
+
+
+def acceptance(found: Data) -> str:
+    """Of `acceptance.py`: tokens per target pass by temperature."""
+    accepted, settings, dtype = Accepted(found), found["settings"], dtype_of(found)
+    rounding = ", in which a pass of several tokens may round two nearly equal logits otherwise than a pass of one"
+    text = (
+        f"{settings['num_prompts']} prompts ({settings['workload']}), {settings['tokens']} tokens each, "
+        f"{settings['group']} in a batch, always {settings['proposals']} proposals, 95 % intervals. "
+        f"*Greedy outputs kept*: those that are plain decoding's, token by token, in {dtype}"
+        f"{rounding * (dtype != 'float32')}.\n\n" + accepted.table()
+    )
+    others = [name for name in accepted.methods if name not in (OURS, PLAIN)]
+    if OURS in accepted.methods and others:
+        rows = [(name, *(accepted.times(OURS, name, t) for t in accepted.temperatures)) for name in others]
+        text += f"\nHow many times as many `{OURS}` has, the same prompts side by side:\n\n" + table(
+            ("than", *(f"T = {t:g}" for t in accepted.temperatures)), rows
+        )
+    return text + origin(found)
+
+
+def greedy(found: Data) -> str:
+    """Of `acceptance.py` in float32 at temperature 0: whether greedy output is plain decoding's."""
+    rows = [row for row in found["rows"] if "different" in row]
+    different, outputs = (sum(row[name] for row in rows) for name in ("different", "outputs"))
+    return (
+        f"{outputs - different:,} of {outputs:,} greedy outputs of {found['settings']['tokens']} tokens are plain "
+        "decoding's, token by token.\n\n"
+        + table(("method", "same"), [(r["method"], f"{r['outputs'] - r['different']} of {r['outputs']}") for r in rows])
+        + origin(found)
+    )
+
+
+def exactness(found: Data) -> str:
+    """Of `exactness.py`: every setting's worst test, and whether the controls were caught."""
+    names = [row["setting"] for row in found["rows"]]
+    rows = [
+        (
+            row["setting"] + (f", T = {row['temperature']:g}" if names.count(row["setting"]) > 1 else ""),
+            f"{row['sequences']:,}",
+            f"{row['tokens_per_pass']:.2f}",
+            f"{row['least_p']:.2g}",
+            f"{row['tv']:.4f}",
+            f"{row['tv_expected']:.4f}",
+            "exact" if row["passed"] else "not exact",
+            "yes" if row["as_it_should_be"] else "**NO**",
+        )
+        for row in found["rows"]
+    ]
+    head = ("setting", "outputs", "tokens per pass", "least p", "total variation", "by chance", "found", "as expected")
+    checked = [*found["rows"], *(entry for entry in found["others"] if "as_it_should_be" in entry)]
+    wrong, levels = sum(not entry["as_it_should_be"] for entry in checked), found["levels"]
+    # Short runs write fewer outputs than the power asks for.
+    enough = all(row["sequences"] >= row["sequences_needed"] for row in found["rows"] if row["exact"])
+    power = (
+        f"an error of {levels['total_variation']:g} in total variation is seen with probability {levels['power']:g}."
+        if enough
+        else f"with fewer outputs than it takes to see an error of {levels['total_variation']:g} in total variation "
+        f"with probability {levels['power']:g}."
+    )
+    return (
+        f"{len(rows)} measurements, {wrong} not as they should be. All tests together raise a false alarm with "
+        f"probability {levels['family_level']:g} at most; {power}\n\n" + table(head, rows) + origin(found)
+    )
+
+
+def overhead(found: Data) -> str:
+    """Of `overhead.py`: microseconds for a request and step, by pair."""
+    rows = found["rows"]
+    phases = list(dict.fromkeys(phase for row in rows for phase in row["us"]))
+    lines = [(row["pair"], row["mode"], *(spread(row["us"][phase]) for phase in phases)) for row in rows]
+    batch = found["settings"]["batch"]
+    whose = "a request alone" if batch == 1 else f"each of {batch} requests in a step"
+    return (
+        f"Microseconds a step for {whose}: medians with quartiles.\n\n"
+        + table(("pair", "mode", *phases), lines)
+        + origin(found)
+    )
+
+
+def kernels(found: Data) -> str:
+    """Of `kernels.py`: microseconds for a call, and how many times the kernel's that is."""
+    rows = [
+        (row["kernel"], row["tokens"], row["side"], spread(row["us"]), spread(row["times_the_kernel"]))
+        for row in found["rows"]
+    ]
+    return table(("kernel", "tokens", "side", "us", "times the kernel's"), rows) + origin(found)
+
+
+def serving(found: Data) -> str:
+    """Of `serving.py`: latency percentiles by method and request rate."""
+    names = (
+        "request_throughput",
+        "output_throughput",
+        "median_ttft_ms",
+        "median_tpot_ms",
+        "p99_tpot_ms",
+        "p99_e2el_ms",
+    )
+    rows = [
+        (run["method"], run["rate"], *(f"{run['result'][name]:.4g}" if name in run["result"] else "" for name in names))
+        for run in found["runs"]
+    ]
+    return (
+        f"Target `{found['target']}`, T = {found['settings']['temperature']:g}.\n\n"
+        + table(("method", "requests / s asked", *names), rows)
+        + origin(found)
+    )
+
+
+def scaling(found: Data) -> str:
+    """Of `scaling.py`: a picture."""
+    base = ", ".join(f"{axis} {value:,}" for axis, value in found["settings"]["base"].items())
+    return (
+        f"![cost of a step](plots/scaling.png)\n\nEach axis alone, the others at: {base}. Medians, with quartiles. "
+        "`host` is what runs on the host wherever the draft does; the others are tensor work over the vocabulary, here "
+        "on this processor: `transfer` what unlike vocabularies add, `any draft` what every draft pays.\n"
+        + origin(found)
+    )
+
+
+def step_ratios(found: Data, batch: int) -> tuple[list[float], list[float], list[float]]:
+    """Of `draft_step.py`: microseconds a draft pass of ours and of vLLM's, and ratios of neighbours, in order."""
+    ours, theirs = (
+        [1e6 * row["per_pass"] for row in found["rows"] if row["batch"] == batch and (row["method"] == OURS) is is_ours]
+        for is_ours in (True, False)
+    )
+    return ours, theirs, sorted(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def draft_step(found: Data) -> str:
+    """Of `draft_step.py`: medians, and ratios of neighbours."""
+    rows = []
+    for batch in sorted({row["batch"] for row in found["rows"]}):
+        ours, theirs, ratios = step_ratios(found, batch)
+        extent = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        rows.append((batch, f"{statistics.median(ours):.0f}", f"{statistics.median(theirs):.0f}", extent))
+    return (
+        f"The same draft model ({found['draft']}), with the target's own vocabulary, in our engine and in vLLM's "
+        "`draft_model`; all that a proposer does in a step, divided by its passes of the draft.\n\n"
+        + table(("batch", "here, µs", "in vLLM's, µs", "ratio"), rows)
+        + origin(found)
+    )

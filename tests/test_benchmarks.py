@@ -1,0 +1,76 @@
+"""Benchmarks start engines as users do, and measure what the engine's own counters say."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import engine
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import conditions
+from grid import VLLM_METHODS, with_draft
+from serving import flags_of
+
+PROMPTS = ["Once upon a time there was", "def read(self):\n    "]
+
+
+def options(*arguments):
+    parser = argparse.ArgumentParser()
+    conditions.add_options(parser)
+    return parser.parse_args(arguments)
+
+
+def test_without_options_an_engine_is_a_users():
+    given = conditions.engine_of(options())
+    assert given == {}
+    assert conditions.departures(given) == []
+
+
+def test_every_option_is_named_in_the_report():
+    given = conditions.engine_of(options("--dtype", "float32", "--enforce-eager", "--max-num-seqs", "3"))
+    assert given == {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 3}
+    assert flags_of(given) == ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "3"]
+    words = conditions.departures(given)
+    assert [any(part in word for word in words) for part in ("float32", "not compiled", "at most 3")] == [True] * 3
+
+
+def test_threads_are_vllms_choice_but_for_numba_and_the_callers_environment_comes_first(monkeypatch):
+    for name in ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_ENABLE_V1_MULTIPROCESSING", "NUMBA_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    found = conditions.environment()
+    assert found["NUMBA_NUM_THREADS"] == "1"
+    assert not {"OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_ENABLE_V1_MULTIPROCESSING"} & set(found)
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "2")
+    assert conditions.environment()["NUMBA_NUM_THREADS"] == "2"
+
+
+def test_settings_of_ours_go_to_no_other_method():
+    for name, chosen in VLLM_METHODS.items():
+        given = with_draft(name, 5, Path("draft"), adaptive_length=False)
+        assert (given or {}).get("adaptive_length", True) is (chosen is None or chosen["method"] != "tokentiming")
+        assert ("model" in (given or {})) is (chosen is not None and chosen["method"] != "ngram")
+
+
+@pytest.mark.engine
+def test_an_engine_in_processes_of_its_own_tells_its_conditions_counts_and_times():
+    speculative = with_draft("tokentiming", 3, Path(engine.DRAFT), adaptive_length=False)
+    case = {"workload": "two", "concurrency": 2, "prompts": PROMPTS}
+    job = {
+        "target": engine.TARGET, "speculative": speculative, "engine": {"enforce_eager": True, "dtype": "float32"},
+        "seed": 0, "tokens": 12, "temperatures": [0.0], "seeded": True, "cases": [case],
+    }  # fmt: skip
+    found = conditions.run_python("measure_vllm.py", job)
+    assert found["conditions"]["dtype"] == "float32"
+    assert found["conditions"]["compiled"] is False
+    assert found["conditions"]["threads"] >= 1
+    (row,) = found["rows"]
+    (group,) = row["groups"]
+    assert [len(ids) for ids in group["target_ids"]] == [12, 12]
+    assert group["tokens"] == 22
+    # Every pass after the first token gives one token of the target's, and what it accepts.
+    assert group["passes"] + group["accepted"] >= group["tokens"] > group["passes"]
+    assert row["phases"]["target pass"]["calls"] > 0
+    assert row["phases"]["draft pass"]["calls"] >= row["phases"]["target pass"]["calls"]
+    assert 0 <= group["others"] <= 1.01
