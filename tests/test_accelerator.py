@@ -67,7 +67,8 @@ def write(pair, strategy, kinds, device, pieces=False, accelerator=None):
         proposed = [*drafts[0].proposed_ids, 0, 0, 0][:PROPOSALS]
         of_first = {position: stages for (row, position), stages in writer.stages.items() if row == 0}
         logits = torch.randn(PROPOSALS, pair.target.token_bytes.size, generator=torch.Generator().manual_seed(99))
-        rows = verify_stages(logits.to(device), writer.q[0], torch.tensor(proposed, device=device), of_first)
+        rows = [logits.to(device), writer.q[0].clone()]
+        verify_stages(*rows, torch.tensor(proposed, device=device), of_first)
         verified = [fetch(row).clone() for row in rows]
     q = None if writer.q is None else fetch(writer.q)
     return Written([draft.proposed_ids for draft in drafts], q, verified, len(writer.stages), waits, expected)

@@ -16,7 +16,7 @@ from engine_prompts import texts
 pytestmark = pytest.mark.engine
 
 MAX_TOKENS = 16
-AT_START = "EngineArgs.create_speculative_config"
+AT_START, WHILE_STARTING = "EngineArgs.create_speculative_config", "GPUModelRunner.profile_run"
 WHEN = ("before", "after")
 # What is called in our part of a step's sampling, and around it: owner and name.
 INNER = (
@@ -120,6 +120,8 @@ def break_everything() -> dict:
         for when in WHEN:
             fault = _Fault(when)
             with _replaced(patch, "ours", fault):
+                if patch.name == WHILE_STARTING:
+                    engine.runner(llm).profile_run()
                 written = _write(llm)
             result["patches"][patch.name][when] = written | {"raised": fault.num_raised}
     for module, name in INNER:

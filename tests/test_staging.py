@@ -122,7 +122,8 @@ def test_rows_without_stages_stay_as_they_are():
     logits, q = torch.randn(3, SIZE), torch.rand(3, SIZE)
     groups = Groups.of(Waits((b"\xe4",), np.arange(3), np.zeros(3, int)), torch.device("cpu"))
     stages = [Stage(groups, torch.full((SIZE,), 0.05), torch.tensor([0.55]))]
-    new_logits, new_q = verify_stages(logits, q, torch.tensor([1, 5, 2]), {1: stages})
+    new_logits, new_q = logits.clone(), q.clone()
+    verify_stages(new_logits, new_q, torch.tensor([1, 5, 2]), {1: stages})
     for row in (0, 2):
         assert torch.equal(new_logits[row], logits[row]) and torch.equal(new_q[row], q[row])
     assert not torch.equal(new_q[1], q[1])

@@ -88,6 +88,8 @@ def install() -> None:
     patches.install(
         GPUModelRunner, "propose_draft_token_ids", _propose_draft_token_ids, since=since, until=until
     )  # fmt: skip
+    until = "vLLM has custom proposers make their largest step while it measures memory"
+    patches.install(GPUModelRunner, "profile_run", _profile_run, since=since, until=until)
     until = "vLLM stops drafting near the maximum length for one request alone"
     patches.install(GPUModelRunner, "_input_fits_in_drafter", _input_fits_in_drafter, since=since, until=until)
     until = "vLLM neither pads proposals nor calls the rejection sampler in a step without any"
@@ -96,6 +98,12 @@ def install() -> None:
     patches.install(
         rejection_sampler, "rejection_sample", _rejection_sample, since=since, until=until, instead=_one_hot
     )  # fmt: skip
+
+
+def _profile_run(profile_run: Any, runner: Any, *args: Any, **kwargs: Any) -> None:
+    profile_run(runner, *args, **kwargs)
+    if _is_ours(getattr(runner, "drafter", None)):
+        runner.drafter.rehearse()
 
 
 def _propose_draft_token_ids(
@@ -107,6 +115,7 @@ def _propose_draft_token_ids(
     with drafter.guard():
         drafter.batch = _take_over(runner, scheduler_output, sampled_token_ids)
         drafter.num_scheduled = scheduler_output.total_num_scheduled_tokens
+    runner._draft_probs = None  # They have been verified, and take as much memory as those that come now.
     proposed = propose(runner, scheduler_output, sampled_token_ids, *args, **kwargs)
     # The rejection sampler reads these two in the next step, whoever set them; without them, one-hot.
     runner._draft_probs = drafter.proposals.q
@@ -187,13 +196,21 @@ def _rejection_sample(verify: Any, *args: Any, **kwargs: Any) -> Any:
         return verify(*args, **kwargs)
     drafter, stages = staged
     call = _verifier().bind(*args, **kwargs).arguments
-    if (q := call["draft_probs"]) is not None:
-        call["draft_probs"] = None  # If this fails, all is verified as one-hot, which is exact as well.
-        with drafter.guard("verify"):
-            call["target_logits"], call["draft_probs"] = verify_stages(
-                call["target_logits"], q, call["draft_token_ids"], stages
-            )
-    return verify(**call)
+    logits, q = call["target_logits"], call["draft_probs"]
+    if q is None:
+        return verify(**call)
+    rows = upload(list(stages), logits.device)
+    before = logits[rows]
+    call["draft_probs"] = None  # If this fails, all is verified as one-hot, which is exact as well.
+    with drafter.guard("verify"):
+        verify_stages(logits, q, call["draft_token_ids"], stages)
+        call["draft_probs"] = q
+    if call["draft_probs"] is None:
+        logits[rows] = before
+    try:
+        return verify(**call)
+    finally:
+        logits[rows] = before  # vLLM may tell clients of log-probabilities, which are the target's.
 
 
 def _one_hot(verify: Any, _fault: Exception, *args: Any, **kwargs: Any) -> Any:

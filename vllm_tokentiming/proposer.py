@@ -7,10 +7,11 @@ away, and the next step starts afresh, or a later one if faults go on.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,6 +66,7 @@ class TokenTimingProposer:
         self.cache_salts: dict[str, str] = {}  # Of each request for which it is known; "" for none.
         self.samplings: dict[str, tuple[Any, Any]] = {}  # Of each request: vLLM's parameters, and the draft's.
         self._drafter: Drafter | None = None
+        self._rehearse: Callable[[], None] | None = None
         self._length = AdaptiveLength() if self._settings.adaptive_length else FixedLength()
         self._ended: float | None = None  # When the last call returned.
         self._seen: set[str] = set()  # The requests that it was for.
@@ -87,6 +89,7 @@ class TokenTimingProposer:
         """
         from vllm_tokentiming.draft.model import DraftModel
         from vllm_tokentiming.drafting import Drafter
+        from vllm_tokentiming.rehearsal import rehearse
         from vllm_tokentiming.writer import Writer
 
         patches.check()
@@ -135,6 +138,8 @@ class TokenTimingProposer:
             log_prior=self._log_prior(pair, model),
         )
         self._drafter = Drafter(pair, model, writer, self._length, max_draft_tokens)
+        max_num_seqs = self._vllm_config.scheduler_config.max_num_seqs
+        self._rehearse = functools.partial(rehearse, model, writer, max_num_seqs, self.num_speculative_tokens)
         try:
             self._recorder = integration.recorder(self._vllm_config)
         except Exception:
@@ -156,6 +161,15 @@ class TokenTimingProposer:
         for draft_ids in write_texts(model, pair):
             prior.observe(pair.draft.token_bytes.decode(draft_ids))
         return power * np.log(prior.weights())
+
+    def rehearse(self) -> None:
+        """Make the largest step that there can be, while vLLM measures how much memory passes take.
+
+        Raises:
+            SettingsError: There is not enough.
+        """
+        if self._rehearse is not None:
+            self._rehearse()
 
     def propose(
         self, sampled_token_ids: list[list[int]], num_tokens_no_spec: Any, token_ids_cpu: Any, **_: Any

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from vllm_tokentiming.config import SettingsError
 from vllm_tokentiming.draft.model import DraftModel, Span
 from vllm_tokentiming.draft.sampling import DraftSampling
 from vllm_tokentiming.draft_length import Chain, History
@@ -24,14 +25,33 @@ def rehearse(model: DraftModel, writer: Writer, num_requests: int, num_proposals
         writer: Between two steps.
         num_requests: Most requests at a time.
         num_proposals: Most target tokens to propose for a request.
+
+    Raises:
+        SettingsError: There is not enough memory.
     """
-    num_tokens = min(model.max_batch_tokens // num_requests, model.max_model_len) or 1
+    # On a CPU vLLM looks at what the process holds, which the first pass has raised already (`DraftModel`).
+    most = 1 if model.device.type == "cpu" else model.max_batch_tokens // num_requests
+    num_tokens = max(1, min(most, model.max_model_len))
     spans: list[Span] = []
-    while len(spans) < min(num_requests, model.max_batch_tokens) and (row := model.pool.open_row()) is not None:
-        if not model.pool.grow(row, num_tokens):
-            model.pool.close_row(row)
-            break
-        spans.append(Span(row, 0, [0] * num_tokens))
+    try:
+        while len(spans) < min(num_requests, model.max_batch_tokens) and (row := model.pool.open_row()) is not None:
+            if not model.pool.grow(row, num_tokens):
+                model.pool.close_row(row)
+                break
+            spans.append(Span(row, 0, [0] * num_tokens))
+        _step(model, writer, spans, num_proposals)
+    except torch.OutOfMemoryError as error:
+        raise SettingsError(
+            "tokentiming: the draft's largest step does not fit into memory beside the target's; lower "
+            "gpu_memory_utilization, max_num_batched_tokens or max_num_seqs of vLLM, or q_memory_gib."
+        ) from error
+    finally:
+        writer.begin([])
+        for span in spans:
+            model.pool.close_row(span.row)
+
+
+def _step(model: DraftModel, writer: Writer, spans: list[Span], num_proposals: int) -> None:
     logits = model.forward(spans)
     # With all that shapes a draft's law: each takes memory of its own.
     sampling = DraftSampling(seed=0, temperature=1.0, top_k=model.vocab_size - 1, top_p=0.9, min_p=0.01)
@@ -43,6 +63,3 @@ def rehearse(model: DraftModel, writer: Writer, num_requests: int, num_proposals
     writer.finish(drafts)
     verified = None if writer.q is None else writer.q.clone()  # As vLLM copies it.
     del verified
-    writer.begin([])
-    for span in spans:
-        model.pool.close_row(span.row)

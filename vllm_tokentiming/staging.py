@@ -120,22 +120,18 @@ def condition(
 
 def verify_stages(
     target_logits: torch.Tensor, q: torch.Tensor, proposed_ids: torch.Tensor, staged: Mapping[int, Sequence[Stage]]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Verify all stages but the last of a batch's proposals.
+) -> None:
+    """Verify all stages but the last of a batch's proposals, and leave the rejection sampler what is left to verify.
 
     Args:
-        target_logits: ``[proposals, target size] float32``, as the request shapes them.
-        q: ``[proposals, target size] float32``.
+        target_logits: ``[proposals, target size] float32``, as the request shapes them; rows with stages are
+            overwritten. (Copies of both would take gigabytes for large batches and vocabularies.)
+        q: ``[proposals, target size] float32``; so its rows.
         proposed_ids: ``[proposals]``.
         staged: The stages of proposals that have any, by row.
-
-    Returns:
-        The first two as the rejection sampler is to have them; other rows are as they were.
     """
-    target_logits, q = target_logits.clone(), q.clone()
     proposed = proposed_ids.tolist()
     for row, stages in staged.items():
         probs = target_logits[row].softmax(-1, dtype=torch.float32)
         p, q[row] = condition(probs, proposed[row], stages)
         target_logits[row] = p.log()
-    return target_logits, q
