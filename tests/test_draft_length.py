@@ -125,6 +125,15 @@ NOT_WORTH_IT = {
 }
 
 
+def test_how_long_drafting_has_paused_as_a_whole_is_known():
+    length = AdaptiveLength()
+    NOT_WORTH_IT["a draft as large as the target"].rate(length, steps=500)
+    assert length.steps_paused > 64
+    paying = AdaptiveLength()
+    WORLDS["1:50"].rate(paying, steps=500)
+    assert paying.steps_paused == 0
+
+
 @pytest.mark.parametrize("name", WORLDS)
 def test_where_drafting_pays_it_is_about_as_good_as_the_best_fixed_length(name):
     world = WORLDS[name]
