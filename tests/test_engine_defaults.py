@@ -112,7 +112,8 @@ def served(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("serve")
     temporary = folder / "temporary"
     temporary.mkdir()
-    with serving(folder / "log", speculation=_as_in_the_readme(), environment={"TMPDIR": str(temporary)}) as server:
+    environment = {"TMPDIR": str(temporary), "VLLM_LOGGING_LEVEL": "INFO"}
+    with serving(folder / "log", speculation=_as_in_the_readme(), environment=environment) as server:
         result = {
             "answers": [server.complete("The sea was"), server.complete("The sea was", temperature=0.8, stream=True)],
             "chat": server.chat("Tell me about the lighthouse and", extra_body={"min_tokens": 8}),
