@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,7 +87,9 @@ class Patch:
             return self.instead(self.original, fault, *args, **kwargs)
 
     def _log(self, fault: Exception) -> None:
-        if (kind := f"{type(fault).__name__}: {fault}") not in self._logged:
+        where = traceback.extract_tb(fault.__traceback__)[-1]
+        kind = f"{type(fault).__name__} in {where.filename}, line {where.lineno}"
+        if kind not in self._logged:
             self._logged.add(kind)
             logger.exception("TokenTiming's part of vLLM's %s failed.", self.name)
 
