@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from vllm.config import VllmConfig
 
 from vllm_tokentiming import compat
-from vllm_tokentiming.config import METHOD, SettingsError
+from vllm_tokentiming.config import settings_in
 from vllm_tokentiming.draft.sampling import DraftSampling, seed_of
 from vllm_tokentiming.drafting import Committed
 from vllm_tokentiming.metrics import Recorder
@@ -36,14 +36,7 @@ def settings_of(vllm_config: VllmConfig) -> Mapping[str, Any]:
     Raises:
         SettingsError: There are none.
     """
-    additional = vllm_config.additional_config
-    settings = additional.get(METHOD) if isinstance(additional, Mapping) else None
-    if not isinstance(settings, Mapping):
-        raise SettingsError(
-            'tokentiming has no settings: add --additional-config \'{"tokentiming": {"model": "<draft model>"}}\', or '
-            'use "method": "tokentiming" in --speculative-config.'
-        )
-    return settings
+    return settings_in(vllm_config.additional_config)
 
 
 def describe_special_tokens(pair: VocabularyPair) -> str:
