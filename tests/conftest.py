@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from front_end import front_end  # noqa: F401
 from hypothesis import settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer

@@ -1,6 +1,7 @@
 """Settings are read as they are meant; what cannot work is refused in a sentence that says what to change."""
 
 import json
+import os
 
 import pytest
 from conftest import examples
@@ -13,6 +14,9 @@ from vllm_tokentiming.config import (
     SettingsError,
     TokenTimingConfig,
     check_verification,
+    reason,
+    refuse_misnamed,
+    settings_in,
     split_speculative_config,
 )
 
@@ -138,6 +142,25 @@ def test_a_misspelled_setting_is_refused_with_the_one_that_was_meant(key, meant)
     assert f"{key!r}" in message and f"did you mean {meant!r}?" in message
 
 
+def test_a_misspelled_model_is_refused_as_misspelled_and_not_as_missing():
+    message = refusal({"modle": "some/draft"})
+    assert_one_sentence(message)
+    assert "'modle'" in message and "did you mean 'model'?" in message
+
+
+def test_settings_that_are_no_dictionary_are_refused():
+    for wrong in ("x", ["model"], 3):
+        message = refusal(wrong)
+        assert_one_sentence(message)
+        assert repr(wrong) in message and '{"model": "<draft model>"}' in message
+
+
+def test_a_home_folder_is_found_though_no_shell_has_read_the_settings(monkeypatch):
+    monkeypatch.setenv("HOME", "/somebody")
+    config = TokenTimingConfig.parse({"model": "~/draft", "tokenizer": "~/tokenizer"})
+    assert (config.model, config.tokenizer) == ("/somebody/draft", "/somebody/tokenizer")
+
+
 def test_a_setting_unlike_any_other_is_refused_with_all_there_are():
     message = refusal({"model": "some/draft", "xyzzy": 1})
     assert "\n" not in message and "'xyzzy'" in message
@@ -168,6 +191,9 @@ def test_whatever_is_given_it_is_read_or_refused_in_one_line(model, others):
         assert "\n" not in message and message.startswith("tokentiming")
         assert '"model"' in message or any(str(key) in message or repr(key) in message for key in given_settings)
     else:
+        given_settings["model"] = os.path.expanduser(given_settings["model"])
+        if given_settings.get("tokenizer"):
+            given_settings["tokenizer"] = os.path.expanduser(given_settings["tokenizer"])
         assert all(getattr(config, str(key)) == value for key, value in given_settings.items())
 
 
@@ -234,3 +260,94 @@ def test_without_a_number_of_proposals_the_refusal_says_which_is_good(num):
         split_speculative_config({"method": "tokentiming", "model": "some/draft", **num})
     assert_one_sentence(str(caught.value))
     assert '"num_speculative_tokens"' in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("number", "fault"),
+    [
+        ("5", "is a text: write the number without quotes"),
+        (5.0, "has a point: write a whole number"),
+        (0, "is too few: it has to be 1 or more"),
+        (-1, "is too few: it has to be 1 or more"),
+        (True, "is not a number: write a whole number"),
+        ([5], "is not a number: write a whole number"),
+    ],
+)
+def test_a_wrong_number_of_proposals_is_refused_with_what_is_wrong_with_it(number, fault):
+    with pytest.raises(SettingsError) as caught:
+        split_speculative_config({"method": "tokentiming", "model": "m", "num_speculative_tokens": number})
+    assert_one_sentence(str(caught.value))
+    assert f"is {number!r}, which {fault}" in str(caught.value)
+
+
+# What was meant for us.
+
+
+@pytest.mark.parametrize(
+    "method", ["TokenTiming", "token_timing", "token-timing", "Token Timing", "tokentimming", "TOKENTIMING "]
+)
+def test_a_misspelled_method_is_refused_with_the_right_one(method):
+    with pytest.raises(SettingsError, match='did you mean "tokentiming"') as caught:
+        refuse_misnamed(method, "some/draft", {})
+    assert repr(method) in str(caught.value)
+
+
+@pytest.mark.parametrize("model", ["vllm_tokentiming.TokenTimingPropose", "vllm-tokentiming.TokenTimingProposer"])
+def test_a_misspelled_proposer_is_refused_with_the_right_one(model):
+    with pytest.raises(SettingsError, match=f'did you mean "{PROPOSER}"'):
+        refuse_misnamed("custom_class", model, {})
+
+
+def test_settings_of_ours_without_a_method_are_refused():
+    with pytest.raises(SettingsError, match='\'dtw_window\', but no method; add "method": "tokentiming"'):
+        refuse_misnamed(None, "some/draft", {"model": "some/draft", "dtw_window": 3})
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "given"),
+    [
+        (None, None, {}),
+        (None, "some/draft", {"model": "some/draft", "num_speculative_tokens": 5, "revision": "x", "max_model_len": 9}),
+        ("ngram", None, {"dtw_window": 3}),
+        ("draft_model", "some/draft", {}),
+        ("custom_class", "other.Proposer", {}),
+        ("custom_class", PROPOSER, {}),
+        ("tokentiming", "some/draft", {}),
+        (3, 4, {}),
+    ],
+)
+def test_what_others_are_called_is_left_alone(method, model, given):
+    refuse_misnamed(method, model, given)
+
+
+@pytest.mark.parametrize("wrong", ["x", ["x"], {}, {"TokenTiming": {"model": "m"}}, None])
+def test_an_additional_config_without_settings_of_ours_is_refused(wrong):
+    with pytest.raises(SettingsError, match="tokentiming has no settings: add --additional-config"):
+        settings_in(wrong)
+
+
+@pytest.mark.parametrize("wrong", ["x", ["x"], 3])
+def test_settings_in_the_additional_config_that_are_no_dictionary_are_refused(wrong):
+    with pytest.raises(SettingsError) as caught:
+        settings_in({"tokentiming": wrong})
+    assert_one_sentence(str(caught.value))
+    assert repr(wrong) in str(caught.value) and '{"tokentiming": {"model": "<draft model>"}}' in str(caught.value)
+
+
+# What others raise.
+
+
+def test_a_reason_is_told_whole_and_in_one_line():
+    error = OSError("Couldn't do it from one of:\n (1) a file,\n (2) another file.\n")
+    assert reason(error) == "Couldn't do it from one of: (1) a file, (2) another file"
+    assert reason(KeyError("added_tokens")) == "there is no 'added_tokens' in it"
+    assert reason(OSError()) == "OSError"
+    assert len(reason(ValueError("model, " * 1000))) < 700
+
+
+def test_a_reason_of_pydantics_is_told_without_its_wrapping():
+    with pytest.raises(ValidationError) as caught:
+        TokenTimingConfig.model_validate({"model": "", "dtw_window": 0})
+    assert reason(caught.value) == (
+        "String should have at least 1 character; Input should be greater than or equal to 1"
+    )

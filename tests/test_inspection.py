@@ -86,3 +86,64 @@ def test_a_model_that_is_not_there_is_refused_in_a_sentence(capsys, arguments):
     assert (status, text) == (1, "")
     assert error.startswith("vllm-tokentiming: cannot load the tokenizer of")
     assert error.count("\n") == 1
+
+
+def _broken(folder, kind):
+    """A folder whose tokenizer cannot be used, and what is to be said about it."""
+    folder.mkdir()
+    content = (MODELS / "draft" / "tokenizer.json").read_text(encoding="utf-8")
+    if kind == "no folder":
+        return folder / "nothing", "there is no such folder"
+    if kind == "empty":
+        return folder, "the folder has none; put a tokenizer.json into that folder"
+    if kind == "settings only":
+        folder.joinpath("tokenizer_config.json").write_text("{}")
+        return folder, "the folder has none; put a tokenizer.json into that folder"
+    folder.joinpath("tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    file = folder / "tokenizer.json"
+    file.write_text(content)
+    if kind == "file":
+        return file, f"this is a file; name the folder that it is in, {str(folder)!r}"
+    if kind == "cut":
+        file.write_text(content[:5000])
+        return folder, "its tokenizer.json is not valid JSON"
+    if kind == "pointer":
+        file.write_text("version https://git-lfs.github.com/spec/v1\n")
+        return folder, "git lfs pull"
+    file.write_text('{"a": 1}')
+    return folder, "its tokenizer.json does not describe a tokenizer"
+
+
+BROKEN = ["no folder", "empty", "settings only", "file", "cut", "pointer", "other"]
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_tokenizer_that_cannot_be_used_is_refused_with_the_reason(capsys, tmp_path, kind):
+    name, told = _broken(tmp_path / "model", kind)
+    status, text, error = run(capsys, MODELS / "target", name)
+    assert (status, text) == (1, "")
+    assert told in error and error.count("\n") == 1
+
+
+def test_a_name_that_the_hub_cannot_give_is_refused_with_the_whole_reason(capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    _, _, error = run(capsys, MODELS / "target", "nobody/such-a-model")
+    assert "this is no folder here" in error and "HF_HUB_OFFLINE is set" in error
+    assert error.count("\n") == 1
+
+
+def test_a_home_folder_is_found(capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(MODELS))
+    assert run(capsys, "~/target", "~/draft")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "told"), [(None, "No such file"), (b"", "it is empty"), (b"\xff\xfe", "it is not UTF-8 text")]
+)
+def test_a_text_that_cannot_be_read_is_refused_by_name(capsys, tmp_path, content, told):
+    file = tmp_path / "text"
+    if content is not None:
+        file.write_bytes(content)
+    status, text, error = run(capsys, MODELS / "target", MODELS / "draft", "--text", file)
+    assert (status, text) == (1, "")
+    assert told in error and repr(str(file)) in error and error.count("\n") == 1

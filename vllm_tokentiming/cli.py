@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from vllm_tokentiming.folders import check_tokenizer, tokenizer_fault
 from vllm_tokentiming.inspection import SAMPLE, as_text, inspect
 from vllm_tokentiming.pair import Vocabulary, VocabularyPair
 from vllm_tokentiming.ranks import fast_tokenizer
@@ -25,14 +27,16 @@ def load_vocabulary(name: str) -> Vocabulary:
     """
     from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
+    name = os.path.expanduser(name)
     folder = Path(name)
     try:
+        check_tokenizer(name)
         if (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
             tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
         else:
             tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"cannot load the tokenizer of {name!r}: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # The tokenizers library raises nothing more special.
+        raise ValueError(f"cannot load the tokenizer of {name!r}: {tokenizer_fault(name, error)}") from None
     backend = fast_tokenizer(tokenizer)
     if backend is None:
         raise ValueError(
@@ -41,9 +45,29 @@ def load_vocabulary(name: str) -> Vocabulary:
         )
     try:
         head_size = int(getattr(AutoConfig.from_pretrained(name), "vocab_size", 0))
-    except (OSError, ValueError, KeyError):
+    except Exception:
         head_size = 0  # Without the model's configuration, padding rows of its head are not known.
     return Vocabulary.of(backend, head_size, tokenizer.bos_token_id, tokenizer.eos_token_id, chat_template(tokenizer))
+
+
+def read_lines(file: Path) -> list[str]:
+    """Read a text.
+
+    Args:
+        file: Of UTF-8.
+
+    Raises:
+        ValueError: There is none, and why.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read {str(file)!r}: it is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {str(file)!r}: {error.strerror}") from None
+    if not lines:
+        raise ValueError(f"cannot learn anything from {str(file)!r}: it is empty")
+    return lines
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,8 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         pair = VocabularyPair.of(load_vocabulary(options.target), load_vocabulary(options.draft))
-        texts = options.text.read_text(encoding="utf-8").splitlines(keepends=True) if options.text else SAMPLE
-    except (OSError, ValueError) as error:
+        texts = read_lines(options.text) if options.text else SAMPLE
+    except ValueError as error:
         print(f"vllm-tokentiming: {error}", file=sys.stderr)
         return 1
     found = inspect(pair, [text.encode() for text in texts])

@@ -10,10 +10,11 @@ Imports neither torch nor vLLM.
 from __future__ import annotations
 
 import difflib
+import os.path
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 METHOD = "tokentiming"
 PROPOSER = "vllm_tokentiming.TokenTimingProposer"
@@ -31,14 +32,26 @@ class SettingsError(ValueError):
     """A setting that cannot work; the message says which, why, and what to change."""
 
 
+_LONGEST_REASON = 600  # Characters; some errors list every model that there is.
+
+
 def reason(error: Exception) -> str:
-    """Why vLLM or transformers cannot load something, in one line; their own messages have many."""
+    """Why vLLM or transformers cannot load something, in one line and without its full stop."""
     errors = getattr(error, "errors", None)
     details: Any = errors() if callable(errors) else None  # pydantic's own list
-    text = (str(details[0]["msg"]) if details else str(error)).strip()
+    if details:  # Of a field with several types, the first is what a user can write.
+        by_field = {detail["loc"][:1]: str(detail["msg"]).removeprefix("Value error, ") for detail in reversed(details)}
+        text = "; ".join(reversed(by_field.values()))
+    else:
+        text = str(error)
+    text = " ".join(text.split())
     if "trust_remote_code" in text:
         return "it comes with code of its own; add --trust-remote-code (trust_remote_code=True) if you trust it"
-    return text.splitlines()[0] if text else type(error).__name__
+    if isinstance(error, KeyError):
+        text = f"there is no {text} in it"
+    if len(text) > _LONGEST_REASON:
+        text = text[:_LONGEST_REASON] + " ..."
+    return text.removesuffix(".") or type(error).__name__
 
 
 class TokenTimingConfig(BaseModel):
@@ -100,6 +113,12 @@ class TokenTimingConfig(BaseModel):
     special_tokens: dict[str, str | None] = {}
     unmapped_special_tokens: Literal["text", "drop"] = "text"
 
+    @field_validator("model", "tokenizer")
+    @classmethod
+    def _in_home(cls, name: str | None) -> str | None:
+        """No shell has expanded a ``~`` that stands in JSON."""
+        return name if name is None else os.path.expanduser(name)
+
     @classmethod
     def parse(cls, settings: Mapping[str, Any]) -> TokenTimingConfig:
         """Check plain JSON settings.
@@ -113,11 +132,16 @@ class TokenTimingConfig(BaseModel):
         Raises:
             SettingsError: A key is unknown or missing, or a value cannot work.
         """
+        if not isinstance(settings, Mapping):
+            raise SettingsError(
+                f'tokentiming: the settings are {settings!r}; write a dictionary: {{"model": "<draft model>"}}.'
+            )
         settings = {str(key): value for key, value in settings.items()}
         try:
             config = cls.model_validate(settings)
         except ValidationError as error:
-            first = error.errors()[0]
+            # A misspelled setting first: it may be why another one is missing.
+            first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
         else:
             if config.strategy == "tokentiming-paper" and not config.allow_inexact:
                 raise SettingsError(
@@ -160,13 +184,20 @@ def check_verification(method: str, settings: TokenTimingConfig) -> None:
     )
 
 
+# Settings that vLLM's own speculative configuration does not have (0.32 and 0.33).
+_OURS_ALONE = frozenset(TokenTimingConfig.model_fields) - {
+    *("model", "revision", "tokenizer", "tokenizer_revision", "dtype", "quantization", "max_model_len"),
+    *("enforce_eager", "seed"),
+}
+
+
 def _lower_first(sentence: str) -> str:
     return sentence[:1].lower() + sentence[1:]
 
 
 def _suggestion(key: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; it knows {', '.join(known)}"
+    close = difflib.get_close_matches(key.lower().replace("-", "_"), known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else f"; it knows {', '.join(known)}"
 
 
 def split_speculative_config(speculative: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -179,7 +210,7 @@ def split_speculative_config(speculative: Mapping[str, Any]) -> tuple[dict[str, 
         What vLLM is to be given (method ``custom_class``), and our settings.
 
     Raises:
-        SettingsError: ``num_speculative_tokens`` is missing.
+        SettingsError: ``num_speculative_tokens`` is missing or cannot work.
     """
     vllm_part: dict[str, Any] = {"method": "custom_class", "model": PROPOSER}
     ours: dict[str, Any] = {}
@@ -188,9 +219,83 @@ def split_speculative_config(speculative: Mapping[str, Any]) -> tuple[dict[str, 
             vllm_part[key] = value
         elif key != "method":
             ours[key] = value
-    num_tokens = vllm_part.get("num_speculative_tokens")
-    if not isinstance(num_tokens, int) or isinstance(num_tokens, bool) or num_tokens < 1:
-        raise SettingsError(
-            'tokentiming needs "num_speculative_tokens" in the speculative configuration; 4 to 8 is a good choice.'
-        )
+    check_num_speculative_tokens(vllm_part.get("num_speculative_tokens"))
     return vllm_part, ours
+
+
+def check_num_speculative_tokens(number: Any) -> None:
+    """Refuse a wrong number of proposals.
+
+    Args:
+        number: As the user gave it; ``None`` if not at all.
+
+    Raises:
+        SettingsError: It is not a whole number from 1 on.
+    """
+    if number is None:
+        raise SettingsError(
+            'tokentiming needs "num_speculative_tokens" in the speculative configuration, the most tokens to propose '
+            "in a step; 4 to 8 is a good choice."
+        )
+    if isinstance(number, int) and not isinstance(number, bool) and number >= 1:
+        return
+    if isinstance(number, str):
+        fault = "is a text: write the number without quotes"
+    elif isinstance(number, float):
+        fault = "has a point: write a whole number"
+    elif isinstance(number, int) and not isinstance(number, bool):
+        fault = "is too few: it has to be 1 or more"
+    else:
+        fault = "is not a number: write a whole number"
+    raise SettingsError(f'tokentiming: "num_speculative_tokens" is {number!r}, which {fault}; 4 to 8 is a good choice.')
+
+
+def settings_in(additional_config: Any) -> Mapping[str, Any]:
+    """Our settings in ``--additional-config``.
+
+    Args:
+        additional_config: vLLM's, which may be anything.
+
+    Raises:
+        SettingsError: There are none.
+    """
+    settings = additional_config.get(METHOD) if isinstance(additional_config, Mapping) else None
+    if settings is None:
+        raise SettingsError(
+            'tokentiming has no settings: add --additional-config \'{"tokentiming": {"model": "<draft model>"}}\' and '
+            'set "model" to a local folder or a Hugging Face name, or use "method": "tokentiming" in '
+            "--speculative-config."
+        )
+    if not isinstance(settings, Mapping):
+        raise SettingsError(
+            f'tokentiming: "tokentiming" in --additional-config is {settings!r}; write a dictionary there: '
+            '{"tokentiming": {"model": "<draft model>"}}.'
+        )
+    return settings
+
+
+def refuse_misnamed(method: Any, model: Any, given: Mapping[str, Any]) -> None:
+    """Refuse what was meant for us and is not called so; vLLM would only say that it does not know it.
+
+    Args:
+        method: Of the speculative configuration; ``None`` if it has none.
+        model: The same for its model.
+        given: The speculative configuration.
+
+    Raises:
+        SettingsError: It was meant for us.
+    """
+    if isinstance(method, str) and method != METHOD:
+        letters = "".join(letter for letter in method.lower() if letter.isalpha())
+        if difflib.SequenceMatcher(None, letters, METHOD).ratio() > 0.85:
+            raise SettingsError(f'tokentiming: the method is {method!r}; did you mean "{METHOD}"?')
+    if method in (None, "custom_class") and isinstance(model, str) and model != PROPOSER:
+        package, dot, _ = model.replace("-", "_").partition(".")
+        if dot and package == PROPOSER.partition(".")[0]:
+            raise SettingsError(f'tokentiming: the proposer is {model!r}; did you mean "{PROPOSER}"?')
+    ours = set(given) & _OURS_ALONE
+    if method is None and ours:
+        raise SettingsError(
+            f"tokentiming: the speculative configuration has {sorted(ours)[0]!r}, but no method; add "
+            f'"method": "{METHOD}".'
+        )

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from vllm.config import VllmConfig
 
 from vllm_tokentiming import compat, patches
-from vllm_tokentiming.config import ATTRIBUTE, METHOD, SettingsError
+from vllm_tokentiming.config import ATTRIBUTE, settings_in
 from vllm_tokentiming.draft.sampling import DraftSampling, seed_of
 from vllm_tokentiming.drafting import Committed
 from vllm_tokentiming.metrics import Recorder
@@ -38,15 +38,9 @@ def settings_of(vllm_config: VllmConfig) -> Mapping[str, Any]:
     Raises:
         SettingsError: There are none.
     """
-    settings = getattr(vllm_config.speculative_config, ATTRIBUTE, None)
-    if settings is None and isinstance(vllm_config.additional_config, Mapping):  # Where our plugin is switched off.
-        settings = vllm_config.additional_config.get(METHOD)
-    if not isinstance(settings, Mapping):
-        raise SettingsError(
-            'tokentiming has no settings: add --additional-config \'{"tokentiming": {"model": "<draft model>"}}\', or '
-            'use "method": "tokentiming" in --speculative-config.'
-        )
-    return settings
+    settings: Mapping[str, Any] | None = getattr(vllm_config.speculative_config, ATTRIBUTE, None)
+    # Where our plugin is switched off, nobody has taken them out of where the user put them.
+    return settings_in(vllm_config.additional_config) if settings is None else settings
 
 
 def describe_special_tokens(pair: VocabularyPair) -> str:

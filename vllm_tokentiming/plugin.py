@@ -17,12 +17,18 @@ from vllm_tokentiming.config import (
     PROPOSER,
     SettingsError,
     TokenTimingConfig,
+    check_num_speculative_tokens,
     check_verification,
+    refuse_misnamed,
+    settings_in,
     split_speculative_config,
 )
 from vllm_tokentiming.metrics import show_in_front_end
 
 logger = logging.getLogger(f"vllm.{__name__}")
+
+# vLLM's shorthand options, and what they stand for in the speculative configuration.
+_OPTIONS = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
 
 
 def register() -> None:
@@ -54,59 +60,93 @@ def _teach_salts() -> None:
     carry_cache_salts()
 
 
-def _asked_for(engine_args: Any) -> bool:
-    given = engine_args.speculative_config
-    given = given if isinstance(given, Mapping) else {}
-    method = getattr(engine_args, "spec_method", None) or given.get("method")
-    return bool(method == METHOD or given.get("model") == PROPOSER)
+def _create_speculative_config(
+    original: Any, engine_args: Any, target_model_config: Any, target_parallel_config: Any
+) -> Any:
+    given = _asked_for(engine_args)
+    if given is None:
+        return original(engine_args, target_model_config, target_parallel_config)
+    vllm_part, settings = _split(given, engine_args)
+    verification = str(vllm_part.get("rejection_sample_method", "standard"))
+    number = vllm_part["num_speculative_tokens"]
+    _refuse_early(settings, verification, target_model_config, target_parallel_config, number, engine_args)
+    show_in_front_end(target_parallel_config.data_parallel_size)
+    # Only now, so that what was refused can be mended and tried again.
+    engine_args.speculative_config = vllm_part
+    for option in _OPTIONS:
+        if hasattr(engine_args, option):
+            setattr(engine_args, option, None)
+    created = original(engine_args, target_model_config, target_parallel_config)
+    # vLLM compiles anew whenever anything in `additional_config` changes, and our settings change no graph.
+    additional = engine_args.additional_config
+    if isinstance(additional, Mapping) and METHOD in additional:
+        engine_args.additional_config = {key: value for key, value in additional.items() if key != METHOD}
+    setattr(created, ATTRIBUTE, dict(settings))
+    setattr(engine_args, ATTRIBUTE, dict(settings))  # vLLM may ask for the configuration again.
+    return created
+
+
+def _split(given: dict[str, Any], engine_args: Any) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """What is vLLM's of a speculative configuration, and our settings.
+
+    Raises:
+        SettingsError: They are given twice, not at all, or cannot be read.
+    """
+    additional = engine_args.additional_config
+    if given.get("method") != METHOD:
+        check_num_speculative_tokens(given.get("num_speculative_tokens"))
+        known = getattr(engine_args, ATTRIBUTE, None)
+        return given, settings_in(additional) if known is None else known
+    if isinstance(additional, Mapping) and METHOD in additional:
+        raise SettingsError(
+            'tokentiming: give the settings either in --speculative-config (method "tokentiming") or in '
+            f'--additional-config (method "custom_class", model "{PROPOSER}"), not in both.'
+        )
+    return split_speculative_config(given)
+
+
+def _asked_for(engine_args: Any) -> dict[str, Any] | None:
+    """The speculative configuration, with vLLM's shorthand options for three of its keys; ``None`` if it is not for us.
+
+    Raises:
+        SettingsError: It is meant for us and cannot be read.
+    """
+    given = engine_args.speculative_config or {}
+    if not isinstance(given, Mapping):
+        if METHOD in str(given).lower():
+            raise SettingsError(
+                f"tokentiming: the speculative configuration is {given!r}; write one dictionary: "
+                '{"method": "tokentiming", "model": "<draft model>", "num_speculative_tokens": 6}.'
+            )
+        return None
+    given = {str(key).replace("-", "_"): value for key, value in given.items()}
+    options = {key: value for name, key in _OPTIONS.items() if (value := getattr(engine_args, name, None)) is not None}
+    method, model = ((given | options).get(key) for key in ("method", "model"))
+    refuse_misnamed(method, model, given)
+    if method != METHOD and model != PROPOSER:
+        return None
+    if twice := sorted(given.keys() & options):
+        raise SettingsError(
+            f'tokentiming: "{twice[0]}" is given twice, in --speculative-config and by an option of its own; leave one '
+            "out."
+        )
+    return given | options
 
 
 def _stop_if_asked_for(original: Any, fault: Exception, engine_args: Any, *args: Any, **kwargs: Any) -> Any:
-    if _asked_for(engine_args):
+    """A fault of ours stops the start of those who ask for us, and of nobody else."""
+    if _asked_for(engine_args) is not None:
         raise fault
     return original(engine_args, *args, **kwargs)
 
 
-def _create_speculative_config(
-    original: Any, engine_args: Any, target_model_config: Any, target_parallel_config: Any
-) -> Any:
-    if not _asked_for(engine_args):
-        return original(engine_args, target_model_config, target_parallel_config)
-    given = {key.replace("-", "_"): value for key, value in (engine_args.speculative_config or {}).items()}
-    # vLLM's shorthand options for the same three keys.
-    for option, key in (
-        ("spec_method", "method"),
-        ("spec_model", "model"),
-        ("spec_tokens", "num_speculative_tokens"),
-    ):
-        if getattr(engine_args, option, None) is not None:
-            given[key] = getattr(engine_args, option)
-            setattr(engine_args, option, None)
-    if given.get("method") == METHOD:
-        vllm_part, settings = split_speculative_config(given)
-        if METHOD in engine_args.additional_config:
-            raise SettingsError(
-                'tokentiming: give the settings either in --speculative-config (method "tokentiming") or in '
-                f'--additional-config (method "custom_class", model "{PROPOSER}"), not in both.'
-            )
-    else:
-        vllm_part = given
-        settings = engine_args.additional_config.get(METHOD, getattr(engine_args, ATTRIBUTE, {}))
-    verification = vllm_part.get("rejection_sample_method", "standard")
-    _refuse_early(settings, verification, target_model_config, target_parallel_config)
-    show_in_front_end(target_parallel_config.data_parallel_size)
-    engine_args.speculative_config = vllm_part
-    created = original(engine_args, target_model_config, target_parallel_config)
-    # vLLM compiles anew whenever anything in `additional_config` changes, and our settings change no graph.
-    others = {key: value for key, value in engine_args.additional_config.items() if key != METHOD}
-    engine_args.additional_config = others
-    setattr(created, ATTRIBUTE, settings)
-    setattr(engine_args, ATTRIBUTE, settings)  # vLLM may ask for the configuration of the same arguments again.
-    return created
-
-
 def _refuse_early(
-    settings: dict[str, Any], verification: str, target_model_config: Any, target_parallel_config: Any
+    settings: Mapping[str, Any],
+    verification: str,
+    target_model_config: Any,
+    target_parallel_config: Any,
+    num_speculative_tokens: int,
+    engine_args: Any,
 ) -> None:
     """Find out in the front end, before any model is loaded, what would stop a worker.
 
@@ -118,31 +158,12 @@ def _refuse_early(
     try:
         import vllm_tokentiming.alignment  # noqa: F401
     except ImportError as error:
-        raise SettingsError(f"tokentiming: {error}") from error
+        raise SettingsError(f"tokentiming: {error}") from None
     from vllm_tokentiming.requirements import check_vllm
 
     check_vllm()
     patches.check()
-    if target_model_config.runner_type != "generate":
-        raise SettingsError(
-            "tokentiming needs a target that generates text, and this one is run as a "
-            f"{target_model_config.runner_type} model; set --runner to generate or leave --speculative-config out."
-        )
-    if target_parallel_config.pipeline_parallel_size > 1:
-        raise SettingsError(
-            "tokentiming does not work with pipeline parallelism yet; set --pipeline-parallel-size to 1 and use tensor "
-            "parallelism instead."
-        )
-    from vllm.platforms import current_platform
+    from vllm_tokentiming.refusals import refuse_draft, refuse_target
 
-    if target_model_config.has_inner_state and current_platform.is_cpu():
-        # Of 0.32.0: `causal_conv1d_update_cpu` takes no notice of `num_accepted_tokens`.
-        raise SettingsError(
-            f"tokentiming cannot speed up {target_model_config.model!r} on a CPU: its layers keep a running state, "
-            "which vLLM on CPUs does not take back when a proposal is rejected, so that any speculation changes the "
-            "text; use a GPU or leave --speculative-config out."
-        )
-    from vllm_tokentiming.draft.vllm_config import draft_model_config
-    from vllm_tokentiming.vocabularies import load_pair
-
-    load_pair(parsed, target_model_config, draft_model_config(parsed, target_model_config))
+    refuse_target(target_model_config, target_parallel_config)
+    refuse_draft(parsed, num_speculative_tokens, engine_args, target_model_config, target_parallel_config)

@@ -7,7 +7,8 @@ from typing import Any
 from vllm.config import ModelConfig
 from vllm.tokenizers import get_tokenizer
 
-from vllm_tokentiming.config import SettingsError, TokenTimingConfig, reason
+from vllm_tokentiming.config import SettingsError, TokenTimingConfig
+from vllm_tokentiming.folders import check_tokenizer, tokenizer_fault
 from vllm_tokentiming.pair import Vocabulary, VocabularyPair
 from vllm_tokentiming.ranks import fast_tokenizer
 from vllm_tokentiming.turns import chat_template
@@ -45,17 +46,19 @@ def load_pair(settings: TokenTimingConfig, target: ModelConfig, draft: ModelConf
 def _vocabulary(model: ModelConfig, role: str) -> Vocabulary:
     hint = ' or set "tokenizer"' if role == "draft" else ""
     try:
+        check_tokenizer(model.tokenizer)
         tokenizer: Any = get_tokenizer(
             model.tokenizer,
             tokenizer_mode=model.tokenizer_mode,
             trust_remote_code=model.trust_remote_code,
             revision=model.tokenizer_revision,
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # The tokenizers library raises nothing more special.
+        way = '"tokenizer"' if role == "draft" else "--tokenizer"
         raise SettingsError(
-            f"tokentiming cannot load the {role}'s tokenizer {model.tokenizer!r}; put a tokenizer.json into that "
-            f"folder{hint}. The reason: {reason(error)}"
-        ) from error
+            f"tokentiming cannot load the {role}'s tokenizer {model.tokenizer!r}; set {way} to a folder that has it or "
+            f"to a Hugging Face name. The reason: {tokenizer_fault(model.tokenizer, error)}."
+        ) from None
     backend = fast_tokenizer(tokenizer)
     if backend is None:
         raise SettingsError(

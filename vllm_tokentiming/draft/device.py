@@ -5,6 +5,7 @@ from __future__ import annotations
 import psutil
 import torch
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 
 
 def available_bytes(device: torch.device) -> int:
@@ -12,6 +13,13 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cpu":
         return int(psutil.virtual_memory().available)
     return int(torch.accelerator.get_memory_info(device)[0])
+
+
+def most_bytes() -> int:
+    """More memory than any worker on this machine can have for the draft, as a process without a device can tell."""
+    if current_platform.is_cpu():
+        return int(psutil.virtual_memory().total)
+    return int(current_platform.get_device_total_memory())
 
 
 def kv_budget_bytes(device: torch.device, vllm_config: VllmConfig) -> int:

@@ -28,6 +28,17 @@ class KVSize:
     max_model_len: int
 
 
+def longest_sequence(draft_max_len: int, target_max_len: int, max_draft_tokens: int) -> int:
+    """The longest sequence of the draft's that the longest text of the target needs.
+
+    Args:
+        draft_max_len: Longest sequence that the draft model allows, in draft tokens.
+        target_max_len: Longest text of the target, in target tokens.
+        max_draft_tokens: Most draft tokens written after a text in a step.
+    """
+    return min(draft_max_len, _MOST_DRAFT_TOKENS * target_max_len + max_draft_tokens)
+
+
 def kv_size(
     *,
     draft_max_len: int,
@@ -57,7 +68,7 @@ def kv_size(
     Raises:
         SettingsError: What the user wants does not hold one sequence.
     """
-    longest = min(draft_max_len, _MOST_DRAFT_TOKENS * target_max_len + max_draft_tokens)
+    longest = longest_sequence(draft_max_len, target_max_len, max_draft_tokens)
     row_blocks = -(-longest // block_size)
     # One block more: block 0 is never handed out.
     if kv_memory_gib is None:

@@ -7,11 +7,19 @@ worker.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from typing import Any
 
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.utils import replace
 
 from vllm_tokentiming.config import MAX_DRAFT_IDS, SettingsError, TokenTimingConfig, reason
+from vllm_tokentiming.folders import local_folder, offline
+
+NO_TEXT = (
+    "tokentiming cannot draft with {model!r}: it makes embeddings, scores or classes, and writes no text; choose a "
+    "decoder-only language model."
+)
 
 
 def draft_model_config(settings: TokenTimingConfig, target: ModelConfig) -> ModelConfig:
@@ -25,27 +33,16 @@ def draft_model_config(settings: TokenTimingConfig, target: ModelConfig) -> Mode
         The draft's model configuration.
 
     Raises:
-        SettingsError: There is no such model, or it is not one that can draft.
+        SettingsError: There is no such model, it is not one that can draft, or a setting does not fit it.
     """
+    given = {"dtype": target.dtype if settings.dtype == "auto" else settings.dtype}
+    for key in ("quantization", "max_model_len"):
+        if (value := getattr(settings, key)) is not None:
+            given[key] = value
     try:
-        config = ModelConfig(
-            model=settings.model,
-            tokenizer=settings.tokenizer or settings.model,
-            tokenizer_revision=settings.tokenizer_revision,
-            revision=settings.revision,
-            dtype=target.dtype if settings.dtype == "auto" else settings.dtype,
-            quantization=settings.quantization,
-            max_model_len=settings.max_model_len,
-            enforce_eager=target.enforce_eager if settings.enforce_eager is None else settings.enforce_eager,
-            trust_remote_code=target.trust_remote_code,
-            seed=target.seed,
-            runner="generate",
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise SettingsError(
-            f'tokentiming cannot use {settings.model!r} as the draft model; set "model" to a decoder-only language '
-            f"model that vLLM can generate with. The reason: {reason(error)}"
-        ) from error
+        config = _build(settings, target, **given)
+    except Exception as error:  # vLLM and transformers raise many kinds.
+        raise _explained(settings, target, given, error) from None
     for what, is_it in (
         ("an encoder-decoder model", config.is_encoder_decoder),
         ("a model whose attention keeps a running state, which cannot be rolled back", config.has_inner_state),
@@ -62,6 +59,70 @@ def draft_model_config(settings: TokenTimingConfig, target: ModelConfig) -> Mode
             f"{MAX_DRAFT_IDS} that can be told apart; choose a draft model with a smaller one."
         )
     return config
+
+
+def _build(settings: TokenTimingConfig, target: ModelConfig, **given: Any) -> ModelConfig:
+    return ModelConfig(
+        model=settings.model,
+        tokenizer=settings.tokenizer or settings.model,
+        tokenizer_revision=settings.tokenizer_revision,
+        revision=settings.revision,
+        enforce_eager=target.enforce_eager if settings.enforce_eager is None else settings.enforce_eager,
+        trust_remote_code=target.trust_remote_code,
+        seed=target.seed,
+        **{"runner": "generate", **given},
+    )
+
+
+def _explained(
+    settings: TokenTimingConfig, target: ModelConfig, given: Mapping[str, Any], error: Exception
+) -> SettingsError:
+    """Find out which setting of the draft it is that vLLM refuses, by trying each alone."""
+    model = settings.model
+    try:
+        allowed = _build(settings, target).max_model_len
+    except Exception:
+        if writes_no_text(settings, target):
+            return SettingsError(NO_TEXT.format(model=model))
+        if local_folder(model) is None:
+            return SettingsError(
+                f"tokentiming cannot use {model!r} as the draft model, and it is no folder here; set model to a folder "
+                f"with a model or to the Hugging Face name of one{offline()}. The reason: {reason(error)}."
+            )
+        return SettingsError(
+            f'tokentiming cannot use {model!r} as the draft model; set "model" to a decoder-only language model that '
+            f"vLLM can generate with. The reason: {reason(error)}."
+        )
+    for key, value in given.items():
+        try:
+            _build(settings, target, **{key: value})
+        except Exception as of_key:
+            why = f"The reason: {reason(of_key)}."
+            if key == "max_model_len":
+                return SettingsError(
+                    f"tokentiming: max_model_len is {value}, and the draft model {model!r} allows at most {allowed}; "
+                    "lower it or leave it out."
+                )
+            if key == "dtype" and settings.dtype == "auto":
+                return SettingsError(
+                    f"tokentiming: the draft model {model!r} cannot have the target's {value}; set dtype. {why}"
+                )
+            return SettingsError(
+                f"tokentiming: {key} is {value!r}, which the draft model {model!r} cannot have; change it or leave it "
+                f"out. {why}"
+            )
+    return SettingsError(
+        f"tokentiming cannot use the draft model {model!r} with {' and '.join(given)} together as they are given; "
+        f"leave one of them out. The reason: {reason(error)}."
+    )
+
+
+def writes_no_text(settings: TokenTimingConfig, target: ModelConfig) -> bool:
+    """Whether vLLM would run the draft model for embeddings, scores or classes, if it were asked for nothing else."""
+    try:
+        return bool(_build(settings, target, runner="auto").runner_type == "pooling")
+    except Exception:
+        return False
 
 
 def draft_vllm_config(vllm_config: VllmConfig, settings: TokenTimingConfig) -> VllmConfig:
