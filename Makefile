@@ -21,7 +21,8 @@ PUBLISHED_TARGET ?= $(wildcard $(PUBLISHED)/gemma3)
 PUBLISHED_DRAFT ?= $(wildcard $(PUBLISHED)/smollm2)
 PUBLISHED_PAIR ?= Gemma 3 270M <- SmolLM2-135M-Instruct
 PUBLISHED_ARGS = --target "$(PUBLISHED_TARGET)" --draft "$(PUBLISHED_DRAFT)" --pair "$(PUBLISHED_PAIR)"
-MEASURED = kernels overhead acceptance greedy speed draft_step $(if $(PUBLISHED_TARGET),acceptance_published)
+MEASURED = kernels overhead acceptance greedy repeatability speed draft_step \
+	$(if $(PUBLISHED_TARGET),acceptance_published repeatability_published)
 # Longer ones, which are asked for by name: make results-soak.
 LONG = speed_published serving scaling exactness pairs soak
 
@@ -79,6 +80,12 @@ results-acceptance_published:
 results-greedy:  # In float32, where greedy output has to be plain decoding's.
 	$(BENCH)/acceptance.py --dtype float32 --temperatures 0 --num-prompts 64 --name greedy \
 		--methods plain "ngram (vLLM)" "tli (vLLM)" slem tokentiming
+
+results-repeatability:
+	$(BENCH)/repeatability.py
+
+results-repeatability_published:
+	$(BENCH)/repeatability.py $(PUBLISHED_ARGS) --name repeatability_published --num-prompts 24 --tokens 32
 
 results-speed:
 	$(BENCH)/suite.py --grid short --fresh

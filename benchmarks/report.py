@@ -90,6 +90,9 @@ def results(data: Data) -> str:
         add(f"Tokens per target pass: {found['pair']}", tables.acceptance(found))
     if "greedy" in data:
         add("Greedy output is plain decoding's", tables.greedy(data["greedy"]))
+    for name in ("repeatability_published", "repeatability"):
+        if name in data:
+            add(f"What repeats itself: {data[name]['pair']}", tables.repeatability(data[name]))
     if suite:
         add("Speed-up", speed(suite))
     if "speed_languages" in data:

@@ -82,6 +82,32 @@ def greedy(found: Data) -> str:
     )
 
 
+def repeatability(found: Data) -> str:
+    """Of `repeatability.py`: how often texts repeat themselves, and how near the tokens are where they do not."""
+
+    def gap(value: float | None) -> str:
+        return "" if value is None else f"{value:.3f}"
+
+    rows = [
+        (
+            f"{row['method']}, {row['way']}",
+            f"{row['same_greedy']} of {row['outputs']}",
+            gap(row["median_gap"]),
+            gap(row["largest_gap"]),
+            f"{row['same_seeded']} of {row['outputs']}",
+        )
+        for row in found["rows"]
+    ]
+    head = ("engine, request", "greedy text is plain decoding's alone", "median gap", "largest gap")
+    return (
+        f"{found['pair']}, {found['settings']['tokens']} tokens each. Alone: one request after another; together: all "
+        "at once. Gap: where a greedy text first differs, how far apart the log-probabilities of the two tokens are. "
+        "Seeded: at temperature 0.8, the text is what the same engine writes for the request alone.\n\n"
+        + table((*head, "seeded text repeats itself"), rows)
+        + origin(found)
+    )
+
+
 def exactness(found: Data) -> str:
     """Of `exactness.py`: every setting's worst test, and whether the controls were caught."""
     names = [row["setting"] for row in found["rows"]]
