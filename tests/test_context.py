@@ -17,6 +17,7 @@ from conftest import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from vllm_tokentiming.context import DraftContext, Drafted
 from vllm_tokentiming.pair import Vocabulary, VocabularyPair
@@ -379,6 +380,46 @@ def test_two_contexts_of_a_pair_share_nothing(embedded):
     first, second = DraftContext(embedded.pair), DraftContext(embedded.pair)
     first.commit(embedded.pair.target.encoder.encode(b"The end"))
     assert not second.draft_ids
+
+
+# What is no text.
+
+
+@given(draw=st.data())
+@examples(60)
+def test_placeholders_are_left_out_wherever_they_are_and_however_the_prompt_is_cut(draw):
+    pair = load_pair(*EMBEDDED)
+    parts = draw.draw(st.lists(st.sampled_from(["The", " ship", "\n\n", " was", "?"]), min_size=1, max_size=6))
+    target_ids, text, unread = [], b"", []
+    for part in parts:
+        if length := draw.draw(st.integers(0, 3), label="placeholder"):
+            unread.append((len(target_ids), len(target_ids) + length))
+            target_ids += [262_144] * length  # Outside of the vocabulary.
+        target_ids += pair.target.encoder.encode(part.encode())
+        text += part.encode()
+    context = DraftContext(pair)
+    while context.num_target < len(target_ids):
+        count = draw.draw(st.integers(1, len(target_ids)), label="chunk")
+        context.commit(target_ids[context.num_target :][:count], None, unread)
+    assert context.num_target == len(target_ids)
+    assert context.draft_ids == pair.draft_prefix + pair.draft.encoder.encode(text)
+
+
+def test_an_image_leaves_no_trace_in_a_chat():
+    special = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
+    tokenizers = [Tokenizer.from_str(load_tokenizer(name).to_str()) for name in EMBEDDED]
+    for tokenizer in tokenizers:
+        tokenizer.add_special_tokens(special)  # A draft that has these tokens has no use for them, either.
+    pair = VocabularyPair.of(*map(Vocabulary.of, tokenizers))
+    start, pad, end = (pair.target.special.by_text[text] for text in special)
+    before, after = pair.target.encoder.encode(b"user\n"), pair.target.encoder.encode(b"What is this?")
+    target_ids = [*before, start, *[pad] * 256, end, *after]
+    context = DraftContext(pair)
+    context.commit(target_ids, unread=[(len(before) + 1, len(before) + 257)])
+    assert context.draft_ids == pair.draft_prefix + pair.draft.encoder.encode(b"user\nWhat is this?")
+    assert not {start, end} & {*pair.special.to_draft, *pair.special.to_target.values()}
+    wanted = VocabularyPair.of(pair.target, pair.draft, overrides={"<|vision_end|>": "<|vision_end|>"})
+    assert wanted.special.to_draft[end] == pair.draft.special.by_text["<|vision_end|>"]
 
 
 # Lossy vocabularies.

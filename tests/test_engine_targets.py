@@ -1,4 +1,4 @@
-"""Targets of other kinds than the embedded one: mixtures of experts, and such that keep a running state."""
+"""Targets of other kinds: mixtures of experts, such that keep a running state, and such that hear."""
 
 from __future__ import annotations
 
@@ -157,3 +157,90 @@ def test_a_hybrid_target_is_refused_on_a_cpu(hybrid):
     said = engine.in_fresh_process(refuse_a_hybrid_target, folder=hybrid)
     assert said.startswith(f"SettingsError: tokentiming cannot speed up {hybrid!r} on a CPU: ")
     assert "any speculation changes the text" in said and said.endswith("use a GPU or leave --speculative-config out.")
+
+
+# Targets that hear.
+
+
+def write_hearing_model(folder: Path) -> str:
+    """A small Qwen2-Audio with random weights; vLLM imports it without torchvision, unlike most that see images."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import (
+        PreTrainedTokenizerFast,
+        Qwen2AudioConfig,
+        Qwen2AudioEncoderConfig,
+        Qwen2AudioForConditionalGeneration,
+        Qwen2AudioProcessor,
+        Qwen2Config,
+        WhisperFeatureExtractor,
+    )
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(engine.TARGET)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    config = Qwen2AudioConfig(
+        audio_config=Qwen2AudioEncoderConfig(
+            d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=64, num_mel_bins=128
+        ),
+        text_config=Qwen2Config(**SIZE | {"vocab_size": 8256, "tie_word_embeddings": False}),
+        audio_token_index=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
+    )
+    torch.manual_seed(0)
+    Qwen2AudioForConditionalGeneration(config).save_pretrained(folder)
+    # As in the published checkpoints; transformers 5 writes another name.
+    weights = load_file(folder / "model.safetensors")
+    weights = {name.replace("model.model.", "model."): weight for name, weight in weights.items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    Qwen2AudioProcessor(WhisperFeatureExtractor(feature_size=128), tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+def with_sounds(folder: str) -> dict:
+    """In a fresh process: prompts with two sounds, one, and none in one batch; and what the draft has read of them."""
+    import numpy as np
+
+    from vllm_tokentiming.drafting import Drafter
+
+    rng = np.random.default_rng(0)
+    short, long = (rng.normal(0, 0.1, 16_000 * seconds) for seconds in (1, 2))
+    sound = "<|audio_bos|><|AUDIO|><|audio_eos|>"
+    prompts = [
+        {
+            "prompt": f"Hear: {sound} and {sound} are alike.",
+            "multi_modal_data": {"audio": [(short, 16_000), (long, 16_000)]},
+        },
+        {"prompt": f"{sound}What do you hear?", "multi_modal_data": {"audio": [(short, 16_000)]}},
+        {"prompt": "There is nothing to hear."},
+    ]
+    read: dict[str, list] = {}
+    follow = Drafter._follow
+
+    def noticed(self: Any, request: Any, committed: Any) -> None:
+        follow(self, request, committed)
+        ids = committed.target_ids[: committed.num_target].tolist()
+        text = self._pair.draft.token_bytes.decode(request.context.draft_ids).decode(errors="replace")
+        read.setdefault(committed.request_id, [ids, list(committed.unread), text])
+
+    arguments = {"target": folder, "limit_mm_per_prompt": {"audio": 2}}
+    outputs = engine.generate(engine.start_exact(**arguments), prompts, engine.greedy())
+    Drafter._follow = noticed  # type: ignore[method-assign]
+    llm = engine.start_exact(speculative_config=engine.speculation(), **arguments)
+    return {
+        "same": engine.generate(llm, prompts, engine.greedy()) == outputs,
+        "read": [read[request_id] for request_id in sorted(read)],
+        "placeholder": llm.get_tokenizer().convert_tokens_to_ids("<|AUDIO|>"),
+        **engine.counters(llm),
+    }
+
+
+def test_the_draft_reads_a_prompt_without_its_sounds(tmp_path):
+    found = engine.in_fresh_process(with_sounds, folder=write_hearing_model(tmp_path / "hearing"))
+    assert found["same"] and found["proposed"] > 0 and found["faults"] == 0
+    assert [len(unread) for _, unread, _ in found["read"]] == [2, 1, 0]
+    for target_ids, unread, _ in found["read"]:
+        inside = {position for first, end in unread for position in range(first, end)}
+        assert inside == {position for position, i in enumerate(target_ids) if i == found["placeholder"]}
+    wanted = ("Hear:  and  are alike.", "What do you hear?", "There is nothing to hear.")
+    for (_, _, text), beginning in zip(found["read"], wanted, strict=True):
+        assert text.startswith(beginning)

@@ -5,6 +5,9 @@ tokenization, after what the draft reads before every text (``VocabularyPair.dra
 role, and what a chat template writes around messages becomes what the draft's writes there (``turns.py``); nothing is
 replaced by ``unk``.
 
+**Placeholders** of images, audio and video in a prompt are left out, and so are the tokens around them
+(``special_tokens.py``): a draft that reads only text can make nothing of them.
+
 **Incremental.** Only the open end is encoded again when target tokens arrive: the bytes since the last point where
 the draft's tokenizer cuts whatever follows. So a step costs the same however long the context is.
 
@@ -58,23 +61,29 @@ class DraftContext:
         """How many leading draft ids can no longer change."""
         return self._settled
 
-    def commit(self, target_ids: Sequence[int], drafted: Drafted | None = None) -> int:
+    def commit(
+        self, target_ids: Sequence[int], drafted: Drafted | None = None, unread: Sequence[tuple[int, int]] = ()
+    ) -> int:
         """Append target tokens.
 
         Args:
             target_ids: The newly committed target tokens.
             drafted: What the draft had written after the old context, if anything.
+            unread: First positions and ends of the request's placeholders, in ascending order: what stands there is no
+                text, and its ids need not be in the vocabulary.
 
         Returns:
             How many leading ids of the new ``draft_ids`` equal those of the old ``draft_ids`` followed by the
             drafted ones: the draft's KV entries for them stay valid.
 
         Raises:
-            IndexError: An id is outside the target's vocabulary.
+            IndexError: An id is outside the target's vocabulary, and not in a placeholder.
         """
         unsettled = self._settled
         old = self.draft_ids[unsettled:]
-        self.num_target += len(target_ids)
+        start, self.num_target = self.num_target, self.num_target + len(target_ids)
+        if unread:
+            target_ids = _readable(target_ids, start, unread)
         if drafted is not None:
             num_draft, num_target = self._standing(target_ids, drafted)
             old += drafted.draft_ids[:num_draft]
@@ -82,7 +91,7 @@ class DraftContext:
                 self.draft_ids += drafted.draft_ids[:num_draft]
                 self._settled, self._tail = len(self.draft_ids), b""
                 target_ids = target_ids[num_target:]
-        self._append(target_ids)
+        self._append(target_ids, begins=start == 0 < self.num_target)
         return unsettled + _common_prefix(old, self.draft_ids[unsettled : unsettled + len(old)])
 
     def _standing(self, target_ids: Sequence[int], drafted: Drafted) -> tuple[int, int]:
@@ -92,10 +101,9 @@ class DraftContext:
             return 0, 0  # The first block has the first proxy token. Often so, and then there is nothing to align.
         return aligned_draft_tokens(align(self._pair, drafted.draft_ids, drafted.proxy), accepted)
 
-    def _append(self, target_ids: Sequence[int]) -> None:
+    def _append(self, target_ids: Sequence[int], *, begins: bool) -> None:
         target_bytes, special = self._pair.target.token_bytes, self._pair.special
         data = bytearray(self._tail)
-        begins = 0 < self.num_target == len(target_ids)
         index = 0
         while index < len(target_ids):
             target_id, num_matched, match = target_ids[index], 1, None
@@ -144,6 +152,16 @@ class DraftContext:
         """Settle everything: no text that follows a special token can change what stands before it."""
         self.draft_ids[self._settled :] = self._pair.draft.encoder.encode(data)
         self._settled = len(self.draft_ids)
+
+
+def _readable(target_ids: Sequence[int], start: int, unread: Sequence[tuple[int, int]]) -> list[int]:
+    """The ids, of which the first one's position is ``start``, without those in the ranges."""
+    readable: list[int] = []
+    index = 0
+    for first, end in unread:
+        readable += target_ids[index : max(index, first - start)]
+        index = max(index, end - start)
+    return readable + list(target_ids[index:])
 
 
 def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

@@ -52,6 +52,7 @@ class Committed:
         reproducible: Whether what is proposed must not depend on what else runs.
         cache_salt: As in vLLM: only requests with the same one share what the draft has read; "" if the user gave
             none. ``None`` if it is not known; then nothing is shared.
+        unread: First positions and ends of the ids in the prompt that stand for something other than text.
     """
 
     request_id: str
@@ -63,6 +64,7 @@ class Committed:
     reading: bool = False
     reproducible: bool = False
     cache_salt: str | None = None
+    unread: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -300,7 +302,7 @@ class Drafter:
         context = request.context
         num_before = len(context.draft_ids)
         target_ids = committed.target_ids[context.num_target : committed.num_target].tolist()
-        kept = context.commit(target_ids, request.drafted)
+        kept = context.commit(target_ids, request.drafted, committed.unread)
         if request.drafted is not None and request.chain is not None:
             proxy_ids = request.drafted.proxy.target_ids[: request.chain.max_proposals]
             rejected = target_ids[: len(proxy_ids)] != proxy_ids

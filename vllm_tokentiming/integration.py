@@ -288,9 +288,16 @@ def _take_over(runner: Any, scheduler_output: Any, sampled_token_ids: list[list[
                 # A greedy request writes the same text whatever is proposed.
                 reproducible=parameters.seed is not None and not greedy,
                 cache_salt=proposer.cache_salts.get(request_id),
+                unread=_placeholders(request),
             )
         )
     return committed
+
+
+def _placeholders(request: Any) -> tuple[tuple[int, int], ...]:
+    """Where a prompt has an image, audio or a video: by position, since the ids there mean something in no text."""
+    ranges = (feature.mm_position for feature in request.mm_features or ())
+    return tuple(sorted((place.offset, place.offset + place.length) for place in ranges))
 
 
 def _sampling(request_id: str, parameters: Any, draft_seed: int) -> DraftSampling | None:

@@ -78,6 +78,8 @@ REQUIRED: tuple[Need, ...] = (
         "vllm.sampling_params", "SamplingParams",
         has=("max_tokens", "min_p", "seed", "structured_outputs", "temperature", "top_k", "top_p"),
     ),
+    Need("vllm.multimodal.inputs", "MultiModalFeatureSpec", has=("mm_position",)),
+    Need("vllm.multimodal.inputs", "PlaceholderRange", has=("length", "offset")),
     Need("vllm.v1.core.sched.output", "NewRequestData.from_request", takes=("request",)),
     Need("vllm.v1.core.sched.output", "NewRequestData", has=("req_id",)),
     Need(

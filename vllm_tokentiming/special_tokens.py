@@ -2,7 +2,8 @@
 
 A role is what the tokenizer's own configuration says (``bos_token``, ``eos_token``), else what the token's text is
 known to mean. A special token of the target that has no counterpart in the draft is written into the draft's context
-as plain text, or dropped; a special token of the draft that has none in the target is never drafted.
+as plain text, or dropped, as what stands around an image always is; a special token of the draft that has none in
+the target is never drafted.
 
 Imports neither torch nor vLLM.
 """
@@ -40,6 +41,15 @@ _ROLE_OF_TEXT = {
 }
 # What a tokenizer writes for text that it does not know: it means nothing, so it never crosses by itself.
 _UNKNOWN = frozenset({"<unk>", "[UNK]", "<UNK>"})
+# What stands around the placeholders of images, audio and video, which the draft does not read (`context.py`).
+_AROUND_PLACEHOLDERS = frozenset(
+    {
+        *("<|vision_start|>", "<|vision_end|>", "<|image_start|>", "<|image_end|>", "<img>", "</img>"),
+        *("<start_of_image>", "<end_of_image>", "<fake_token_around_image>", "[IMG_BREAK]", "[IMG_END]"),
+        *("<|audio_start|>", "<|audio_end|>", "<|audio_bos|>", "<|audio_eos|>", "<start_of_audio>", "<end_of_audio>"),
+        "[BEGIN_AUDIO]",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -116,12 +126,14 @@ class SpecialMap:
         Raises:
             ValueError: An override names a token that is not a special token of its vocabulary.
         """
-        common = (target.by_text.keys() & draft.by_text.keys()) - _UNKNOWN
+        common = (target.by_text.keys() & draft.by_text.keys()) - _UNKNOWN - _AROUND_PLACEHOLDERS
         to_draft = {target.by_text[text]: draft.by_text[text] for text in common}
         to_draft.update({i: draft.by_role[role] for role, i in target.by_role.items() if role in draft.by_role})
         # A draft that has no token of its own to begin a text, or to end a header, has nothing to read there.
         marks = {target.by_role[role] for role in (Role.BEGIN, Role.END_OF_HEADER) if role in target.by_role}
         dropped = marks - to_draft.keys()
+        # Whether the draft has them or not: what they are around, it does not read.
+        dropped |= {i for text, i in target.by_text.items() if text in _AROUND_PLACEHOLDERS}
         for target_text, draft_text in overrides.items():
             if target_text not in target.by_text:
                 raise ValueError(f"special_tokens: {target_text!r} is not a special token of the target")
