@@ -70,6 +70,11 @@ def test_both_ways_to_ask_are_read_to_the_same_configuration(front_end):
         assert config.speculative_config.num_speculative_tokens == 5
 
 
+def test_nothing_that_vllm_does_not_know_is_left_in_the_environment_for_the_next_engine(front_end):
+    for _ in range(2):
+        front_end(engine.speculation(), fail_on_environ_validation=True)
+
+
 def test_other_methods_are_left_alone(front_end):
     config = front_end({"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3})
     assert config.speculative_config.method == "ngram"

@@ -21,7 +21,8 @@ from prometheus_client import REGISTRY
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector
 
-FOLDER = "VLLM_TOKENTIMING_METRICS_DIR"
+# Not called VLLM_...: vLLM warns of each such name that it does not know, or refuses it if it is asked to.
+FOLDER = "TOKENTIMING_METRICS_DIR"
 
 _PREFIX = "vllm:tokentiming_"
 # Name, its label besides vLLM's own, and what it counts.
