@@ -98,6 +98,11 @@ def test_the_same_arguments_can_be_read_twice(front_end):
     assert [settings_of(arguments.create_engine_config())["seed"] for _ in range(2)] == [3, 3]
 
 
+def test_nothing_that_vllm_does_not_know_is_left_in_the_environment_for_the_next_engine(front_end):
+    for _ in range(2):
+        front_end(engine.speculation(), fail_on_environ_validation=True)
+
+
 def test_other_methods_are_left_alone(front_end):
     config = front_end({"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3})
     assert config.speculative_config.method == "ngram"

@@ -88,6 +88,8 @@ def test_a_file_is_refused_as_a_draft_model(front_end):
 def test_weights_are_not_looked_for_where_none_are_loaded(front_end, tmp_path):
     folder = copy_files(engine.DRAFT, tmp_path / "draft", "config.json", "tokenizer.json", "tokenizer_config.json")
     front_end(engine.speculation(model=folder), load_format="dummy")
+    # The workers may be on another machine, which has them.
+    front_end(engine.speculation(model=folder), nnodes=2, tensor_parallel_size=2, distributed_executor_backend="mp")
 
 
 def test_a_draft_larger_than_the_memory_is_refused(front_end, tmp_path):

@@ -70,7 +70,8 @@ class TokenTimingConfig(BaseModel):
             the target's full length, but at most a quarter of what vLLM may use for the target's.
         enable_prefix_caching: Whether the draft reads what prompts have in common only once; by default as the target.
         enforce_eager: Whether to run the draft without compilation; by default as the target.
-        max_draft_tokens: Most draft tokens written per step; by default twice ``num_speculative_tokens``.
+        max_draft_tokens: Most draft tokens written per step; by default twice ``num_speculative_tokens``. Fewer than
+            those make sense only where most draft tokens make several target tokens, so the log says it.
         adaptive_length: Whether to draft only as much as pays (``draft_length.py``), or always all that is allowed.
         dtw_window: Sakoe-Chiba half-width of the warping, in tokens.
         strategy: How proposals are made: ``tokentiming``, or, for comparison, ``slem``, ``tli``, or

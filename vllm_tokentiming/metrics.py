@@ -25,7 +25,8 @@ from prometheus_client.mmap_dict import MmapedDict, mmap_key
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
-FILES = "VLLM_TOKENTIMING_METRICS"
+# Not called VLLM_...: vLLM warns of each such name that it does not know, or refuses it if it is asked to.
+FILES = "TOKENTIMING_METRICS"
 
 _PREFIX = "vllm:tokentiming_"
 # Name, its label besides vLLM's own, and what it counts.

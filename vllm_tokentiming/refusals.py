@@ -88,7 +88,9 @@ def refuse_draft(
     _refuse_quantization(settings, draft, engine_args)
     load_pair(settings, target, draft)
     files: list[Path] = []
-    if folder is not None and engine_args.load_format in PATTERNS:
+    # Workers on other machines may have what is not here.
+    here = parallel.nnodes == 1 and parallel.distributed_executor_backend != "ray"
+    if folder is not None and here and engine_args.load_format in PATTERNS:
         try:
             files = check_weights(folder, engine_args.load_format)
         except ValueError as error:

@@ -40,7 +40,7 @@ def load_pair(settings: TokenTimingConfig, target: ModelConfig, draft: ModelConf
     except SettingsError:
         raise
     except ValueError as error:
-        raise SettingsError(f"tokentiming: {error}; the special tokens are those in its tokenizer.json.") from error
+        raise SettingsError(f"tokentiming: {error}; the special tokens are those in its tokenizer.json.") from None
 
 
 def _vocabulary(model: ModelConfig, role: str) -> Vocabulary:
@@ -73,7 +73,7 @@ def _vocabulary(model: ModelConfig, role: str) -> Vocabulary:
     except ValueError as error:
         raise SettingsError(
             f"tokentiming cannot use the {role}'s tokenizer {model.tokenizer!r}: {error}{hint}."
-        ) from error
+        ) from None
     if any(vocabulary.token_bytes.pieces[head_size:]):
         raise SettingsError(
             f"tokentiming: the {role}'s tokenizer {model.tokenizer!r} has {vocabulary.token_bytes.size} ids, its "

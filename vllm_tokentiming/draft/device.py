@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import psutil
 import torch
 from vllm.config import VllmConfig
@@ -19,7 +21,10 @@ def most_bytes() -> int:
     """More memory than any worker on this machine can have for the draft, as a process without a device can tell."""
     if current_platform.is_cpu():
         return int(psutil.virtual_memory().total)
-    return int(current_platform.get_device_total_memory())
+    try:
+        return int(current_platform.get_device_total_memory())
+    except Exception:  # A front end may be on a machine without a device, and not every platform can tell.
+        return sys.maxsize
 
 
 def kv_budget_bytes(device: torch.device, vllm_config: VllmConfig) -> int:
