@@ -93,13 +93,13 @@ class TokenTimingProposer:
         from vllm_tokentiming.writer import Writer
 
         patches.check()
-        config, eager = self._vllm_config, self._settings.enforce_eager
+        vllm_config, eager = self._vllm_config, self._settings.enforce_eager
         if eager is None:
-            eager = config.model_config.enforce_eager
+            eager = vllm_config.model_config.enforce_eager
         logger.info(
             "TokenTiming: vLLM's model runner V1, which custom proposers need; target in %s, %s; up to %d proposals.",
-            str(config.model_config.dtype).removeprefix("torch."),
-            "eager" if config.model_config.enforce_eager else "compiled", self.num_speculative_tokens,
+            str(vllm_config.model_config.dtype).removeprefix("torch."),
+            "eager" if vllm_config.model_config.enforce_eager else "compiled", self.num_speculative_tokens,
         )  # fmt: skip
         logger.info(
             "TokenTiming: loading the draft model %s%s.", self._settings.model,

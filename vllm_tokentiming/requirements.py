@@ -58,9 +58,13 @@ REQUIRED: tuple[Need, ...] = (
         "vllm.engine.arg_utils", "EngineArgs.create_speculative_config",
         takes=("self", "target_model_config", "target_parallel_config"),
     ),
-    Need("vllm.engine.arg_utils", "EngineArgs", has=("additional_config", "speculative_config")),
+    Need(
+        "vllm.engine.arg_utils", "EngineArgs",
+        has=("additional_config", "create_load_config", "kv_cache_dtype", "load_format", "speculative_config"),
+    ),
     Need(_RUNNER, "GPUModelRunner.propose_draft_token_ids", takes=("self", "scheduler_output", "sampled_token_ids")),
     Need(_RUNNER, "GPUModelRunner._input_fits_in_drafter", takes=("self", "common_attn_metadata")),
+    Need(_RUNNER, "GPUModelRunner.profile_run", takes=("self",)),
     Need(_RUNNER, "GPUModelRunner._sample", takes=("self", "logits", "spec_decode_metadata")),
     Need(
         _RUNNER, "GPUModelRunner",
@@ -105,20 +109,25 @@ REQUIRED: tuple[Need, ...] = (
         has=(
             "additional_config", "cache_config", "compilation_config", "device_config", "kv_transfer_config",
             "lora_config", "model_config", "parallel_config", "quant_config", "scheduler_config", "speculative_config",
+            "get_quantization_config",
         ),
     ),
     Need("vllm.config", "CacheConfig", has=(
         "enable_prefix_caching", "gpu_memory_utilization", "kv_cache_layout", "kv_cache_memory_bytes",
-        "num_gpu_blocks_override",
+        "mamba_block_size", "mamba_cache_mode", "mamba_page_size_padded", "num_gpu_blocks_override", "use_replayssm",
     )),
-    Need("vllm.config", "CompilationConfig", has=("static_forward_context",)),
+    Need("vllm.config", "CompilationConfig", has=("static_all_moe_layers", "static_forward_context")),
     Need("vllm.config", "DeviceConfig", has=("device",)),
     Need("vllm.config", "ModelConfig", takes=_MODEL, has=(
-        "dtype", "enforce_eager", "get_vocab_size", "has_inner_state", "is_encoder_decoder", "max_model_len",
-        "runner_type", "seed", "served_model_name", "tokenizer", "tokenizer_mode", "tokenizer_revision",
-        "trust_remote_code", "uses_mrope",
+        "dtype", "enforce_eager", "get_head_size", "get_num_kv_heads", "get_num_layers", "get_vocab_size",
+        "has_inner_state", "has_noops", "hf_text_config", "is_encoder_decoder", "is_multimodal_model", "max_model_len",
+        "model", "quantization", "runner_type", "seed", "served_model_name", "tokenizer", "tokenizer_mode",
+        "tokenizer_revision", "trust_remote_code", "use_mla", "uses_mrope", "verify_with_parallel_config",
     )),
-    Need("vllm.config", "ParallelConfig", has=("data_parallel_index", "pipeline_parallel_size")),
+    Need("vllm.config", "ParallelConfig", has=(
+        "data_parallel_index", "data_parallel_size", "distributed_executor_backend", "nnodes", "pipeline_parallel_size",
+        "tensor_parallel_size",
+    )),
     Need(
         "vllm.config", "SchedulerConfig",
         has=("disable_hybrid_kv_cache_manager", "max_num_batched_tokens", "max_num_seqs"),
@@ -170,7 +179,10 @@ REQUIRED: tuple[Need, ...] = (
     Need("vllm.distributed.parallel_state", "GroupCoordinator.broadcast_object", takes=("self", "obj", "src")),
     Need("vllm.distributed.parallel_state", "GroupCoordinator", has=("is_first_rank",)),
     Need("vllm.logger", "init_logger", takes=("name",)),
-    Need("vllm.platforms", "current_platform", has=("is_cpu", "update_block_size_for_backend")),
+    Need(
+        "vllm.platforms", "current_platform",
+        has=("get_device_total_memory", "is_cpu", "update_block_size_for_backend"),
+    ),
     Need("vllm.platforms.interface", "Platform.update_block_size_for_backend", takes=("vllm_config",)),
     Need("vllm.tokenizers", "get_tokenizer", takes=("tokenizer_name", "trust_remote_code", "revision")),
     # `get_tokenizer` hands what it does not know to this one.
