@@ -29,7 +29,7 @@ def rehearse(model: DraftModel, writer: Writer, num_requests: int, num_proposals
     Raises:
         SettingsError: There is not enough memory.
     """
-    # On a CPU vLLM looks at what the process holds, which the first pass has raised already (`DraftModel`).
+    # On a CPU vLLM looks at what the process holds, and a large pass would take minutes.
     most = 1 if model.device.type == "cpu" else model.max_batch_tokens // num_requests
     num_tokens = max(1, min(most, model.max_model_len))
     spans: list[Span] = []

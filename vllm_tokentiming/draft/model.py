@@ -41,6 +41,7 @@ from vllm_tokentiming.draft.vllm_config import draft_vllm_config
 logger = init_logger(f"vllm.{__name__}")
 
 _GIB = 1 << 30
+_CPU_WARM_UP_TOKENS = 64
 
 
 @dataclass
@@ -109,15 +110,19 @@ class DraftModel:
         self._warm_up()
 
     def _warm_up(self) -> None:
-        """Run the largest pass first and then the smallest, so that everything is compiled when the engine starts.
+        """Run a large pass first and then the smallest, so that everything is compiled when the engine starts.
 
         The first pass is the one that vLLM compiles for all others. It must have more than one token: the compiler
         takes the size 1 for a constant, and vLLM drops the guards that would notice (vllm/compilation/wrapper.py).
+        On an accelerator it is the largest that there can be, as in vLLM's own profile run. On a CPU that would take
+        minutes, and no memory is measured by it.
         """
         row = self.pool.open_row()
         if row is None:
             raise RuntimeError("the KV pool of the draft has no row although no request is there")
         most = min(self.max_batch_tokens, self.max_model_len)
+        if self.device.type == "cpu":
+            most = min(most, _CPU_WARM_UP_TOKENS)
         for num_tokens in (most, 1):
             self.pool.grow(row, num_tokens)
             self.forward([Span(row, 0, [0] * num_tokens)])
