@@ -26,6 +26,9 @@ MEASURED = kernels overhead acceptance greedy repeatability speed draft_step \
 # Longer ones, which are asked for by name: make results-soak.
 LONG = speed_published serving scaling exactness pairs soak
 
+# Test files that run at a time.
+WORKERS ?= 2
+
 .PHONY: setup published demo test lint clean distclean results report $(MEASURED:%=results-%) $(LONG:%=results-%)
 
 setup: $(READY)
@@ -45,7 +48,7 @@ published: $(READY)
 
 test: $(READY)
 	-@$(MAKE) --no-print-directory published
-	$(TEST_ENV) $(BIN)/python -m pytest $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
