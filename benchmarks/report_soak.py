@@ -12,10 +12,11 @@ FAILURES = ("wrong", "lost", "5xx", "refused unexpectedly", "finished unexpected
 def soak(found: dict[str, Any]) -> str:
     """The report."""
     number = sum(found["total"].values())
+    what = "is started as users start one" if found["settings"].get("as_users") else "has too few blocks for them"
     return (
         f"# Soak\n\nWritten by `benchmarks/report.py` from the data of `benchmarks/soak.py`, which says what is sent: "
-        f"{number:,} requests from\n{found['settings']['clients']} clients at once, to one server that has too few "
-        f"blocks for them.\n{origin(found)}\n{soak_text(found)}\n"
+        f"{number:,} requests from\n{found['settings']['clients']} clients at once, to one server that {what}.\n"
+        f"{origin(found)}\n{soak_text(found)}\n"
     )
 
 

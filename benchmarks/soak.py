@@ -33,6 +33,7 @@ from typing import Any
 
 import aiohttp
 import psutil
+import soak_requests
 import workloads
 from conditions import departures
 from prometheus_client.parser import text_string_to_metric_families
@@ -47,6 +48,7 @@ ENGINE = {"dtype": "float32", "max_num_seqs": SEQUENCES, "max_model_len": MAX_LE
 TARGET_BLOCKS, DRAFT_BLOCKS = 40, 45  # A request of the greatest length needs 16.
 LENGTHS, WRITTEN = (1, 30, 250), 48  # Tokens of the greedy requests' prompts, and of their outputs.
 REST_SECONDS, WATCH_SECONDS = 60, 2
+NEAR_TIE_IN_BFLOAT16 = 0.25  # Nats: two steps between neighbours of the largest logits.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}  # Bytes; fixed by being set.
 FLAT = 0.02  # Growth of the memory from the middle to the end that may be chance.
 LOGGED = re.compile(r"(WARNING|ERROR) \S+ \S+ \[(\S+)\] (Token\S+|Missing cached draft probabilities|)")
@@ -323,6 +325,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=300, help="of greedy requests, each in three lengths")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-num-batched-tokens", type=int, default=8 * SEQUENCES)
+    parser.add_argument("--as-users", action="store_true", help="with vLLM's and our defaults, but the longest request")
     parser.add_argument("--limit", type=float, default=300, help="seconds, after which a request is lost")
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--only", type=int, nargs="+", metavar="NUMBER")
@@ -333,13 +336,19 @@ def main() -> int:
     loaded.append(workloads.load("multilingual", options.prompts - len(loaded[0]["prompts"]), 3000))
     texts = [text for part in loaded for text in part["prompts"]]
     tokenizer = Tokenizer.from_file(str(options.target / "tokenizer.json"))
-    speculative = None if options.plain else speculation(options.draft)
+    engine, speculative, arguments = ENGINE, speculation(options.draft), pressure(options.max_num_batched_tokens)
+    if options.as_users:
+        engine = {"max_model_len": MAX_LEN}  # For which the requests are made.
+        arguments = ["--served-model-name", BASE["model"], *flags_of(engine), "--disable-uvicorn-access-log"]
+        speculative = {key: speculative[key] for key in ("method", "model", "num_speculative_tokens")}
+        soak_requests.NEAR_TIE = NEAR_TIE_IN_BFLOAT16
+    if options.plain:
+        speculative = None
     with tempfile.TemporaryDirectory() as folder:
-        arguments = pressure(options.max_num_batched_tokens)
         with server(options.target, None, Path(folder) / "plain.log", *arguments) as (_, url):
             references = write_references(url, texts, tokenizer)
         print(f"{len(references)} expected outputs", flush=True)
-        seeds = options.max_num_batched_tokens >= SEQUENCES * MAX_LEN
+        seeds = not options.as_users and options.max_num_batched_tokens >= SEQUENCES * MAX_LEN
         requests = Requests(options.seed, tokenizer, texts, references, MAX_LEN, speculative is not None, seeds)
         log = Path(folder) / "server.log"
         with server(options.target, speculative, log, *arguments) as (process, url):
@@ -354,7 +363,7 @@ def main() -> int:
     found["end_of_log"] = lines[-60:] if found["failures"] else []
     hashes = {name: value for part in loaded for name, value in part["sha256"].items() if name != "prompts"}
     speculative = speculative and {**speculative, "model": settings["draft"]}
-    about = {"provenance": provenance(), "departures": departures(ENGINE), "settings": settings}
+    about = {"provenance": provenance(), "departures": departures(engine), "settings": settings}
     write_data(options.out / "soak.json", {**about, "speculation": speculative, "datasets": hashes, **found})
     print(soak_text(found))
     return bool(found["failures"])

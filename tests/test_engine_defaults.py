@@ -14,6 +14,9 @@ NUM_PROMPTS, TOKENS = 32, 24
 # Two logits of about 16 that are next to each other in bfloat16 differ by 0.125, and a pass over several positions may
 # round each of them otherwise than a pass over one. Anything above is no matter of rounding.
 NEAR_TIE = 0.25
+COUNTED = (
+    "vllm:spec_decode_num_accepted_tokens", "vllm:tokentiming_draft_passes", "vllm:tokentiming_faults",
+)  # fmt: skip
 SIZES = (1, 2, 3, 7, 64, 500)  # Of passes of the draft, in tokens.
 
 
@@ -71,6 +74,14 @@ def logits_of_passes() -> dict:
     }
 
 
+def write_with_two_ranks() -> dict:
+    """In a fresh process: what a plain engine writes alone, and what ours does with two ranks."""
+    ours = engine.start(tensor_parallel_size=2, speculative_config=_as_in_the_readme(adaptive_length=False))
+    found = gaps(engine.start(), ours, texts(None)[: NUM_PROMPTS // 2], TOKENS)
+    counted = {metric.name: metric.value for metric in ours.get_metrics() if metric.name in COUNTED}
+    return {"gaps": found, "counted": counted}
+
+
 @pytest.fixture(scope="module")
 def written() -> dict:
     return engine.in_fresh_process(write)
@@ -97,6 +108,13 @@ def test_a_seeded_request_reproduces_itself_as_often_as_in_plain_decoding(writte
         for together, alone in zip(written["together"], written["alone"], strict=True)
     )
     assert ours >= plain - 1
+
+
+def test_two_ranks_draft_and_write_what_one_does_but_for_near_ties():
+    found = engine.in_fresh_process(write_with_two_ranks)
+    assert max(found["gaps"], default=0) < NEAR_TIE
+    assert all(found["counted"][name] > 0 for name in COUNTED[:2])
+    assert found["counted"].get(COUNTED[2], 0) == 0
 
 
 def test_a_compiled_draft_has_the_logits_of_an_eager_one_in_passes_of_every_size():
