@@ -30,6 +30,16 @@ LOSSY = ("t5_small", "bert")
 _SEARCH = int(os.environ.get("TOKENTIMING_SEARCH", 0))
 
 
+# Files that compile real models take longest; with several workers, they have to begin first.
+_LONGEST = ("test_engine_published", "test_engine_exactness", "test_engine_defaults")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests that take longest first."""
+    places = {name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(_LONGEST)))
+
+
 def examples(number: int) -> settings:
     """Settings of a property test: so many examples, the same every time; many times more to search."""
     return settings(max_examples=number * (_SEARCH or 1), derandomize=not _SEARCH, deadline=None)
