@@ -97,6 +97,8 @@ def _split(given: dict[str, Any], engine_args: Any) -> tuple[dict[str, Any], Map
         check_num_speculative_tokens(given.get("num_speculative_tokens"))
         known = getattr(engine_args, ATTRIBUTE, None)
         return given, settings_in(additional) if known is None else known
+    if not (isinstance(additional, Mapping) or hasattr(additional, "compute_hash")):
+        raise SettingsError(f"tokentiming: --additional-config is {additional!r}; write a dictionary or leave it out.")
     if isinstance(additional, Mapping) and METHOD in additional:
         raise SettingsError(
             'tokentiming: give the settings either in --speculative-config (method "tokentiming") or in '
