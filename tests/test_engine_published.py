@@ -1,7 +1,7 @@
-"""Two published models, each as the draft of the other: compiled, in bfloat16, with vLLM's own limits but one.
+"""Two published models, each as the draft of the other: compiled, in bfloat16, with vLLM's defaults but two.
 
-That one is the size of a pass: vLLM runs the largest one when it starts, and a processor without instructions for
-bfloat16 takes minutes for 4,096 tokens of such models.
+Those two are the size of a pass and the number of requests: vLLM runs and samples from the largest pass when it starts,
+and a processor without instructions for bfloat16 takes minutes for that with such models.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from server import serving
 pytestmark = pytest.mark.engine
 
 TOKENS, PROPOSALS, SEEDS = 12, 6, 4
-PASS_TOKENS = 256
+FEW = {"max_num_batched_tokens": 256, "max_num_seqs": 16}
 # The largest logits of these models are between 16 and 64, where neighbours in bfloat16 differ by up to 0.25; each of
 # two may be rounded otherwise in a pass over several positions.
 NEAR_TIE = 0.5
@@ -40,8 +40,8 @@ CHATS = ["What is the capital of France?", "Explain recursion to a child."]
 
 def write(target: str, draft: str) -> dict:
     """In a fresh process: greedy, sampled and seeded requests of a plain engine and of ours."""
-    plain = engine.start(target, max_num_batched_tokens=PASS_TOKENS)
-    ours = engine.start(target, max_num_batched_tokens=PASS_TOKENS, speculative_config=_speculation(draft))
+    plain = engine.start(target, **FEW)
+    ours = engine.start(target, speculative_config=_speculation(draft), **FEW)
     tokenizer = plain.get_tokenizer()
     prompts: list = list(PROMPTS)
     if getattr(tokenizer, "chat_template", None):
@@ -104,7 +104,7 @@ def test_proposals_are_accepted_and_nothing_fails(written):
 
 
 def test_a_server_answers_and_counts(pair, tmp_path):
-    few = ("--max-num-batched-tokens", str(PASS_TOKENS))
+    few = [part for name, value in FEW.items() for part in ("--" + name.replace("_", "-"), str(value))]
     with serving(tmp_path / "log", *few, target=pair[0], speculation=_speculation(pair[1])) as server:
         assert server.complete("The capital of France is", max_tokens=TOKENS)
         sampled = {"temperature": 0.8, "max_tokens": TOKENS, "extra_body": {"min_tokens": 8}}
