@@ -48,7 +48,7 @@ published: $(READY)
 
 test: $(READY)
 	-@$(MAKE) --no-print-directory published
-	$(TEST_ENV) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(TEST_ENV) $(if $(ALL),TOKENTIMING_ALL=1) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
