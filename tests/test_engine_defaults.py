@@ -76,8 +76,9 @@ def logits_of_passes() -> dict:
 
 def write_with_two_ranks() -> dict:
     """In a fresh process: what a plain engine writes alone, and what ours does with two ranks."""
+    plain = engine.start()
     ours = engine.start(tensor_parallel_size=2, speculative_config=_as_in_the_readme(adaptive_length=False))
-    found = gaps(engine.start(), ours, texts(None)[: NUM_PROMPTS // 2], TOKENS)
+    found = gaps(plain, ours, texts(None)[: NUM_PROMPTS // 2], TOKENS)
     counted = {metric.name: metric.value for metric in ours.get_metrics() if metric.name in COUNTED}
     return {"gaps": found, "counted": counted}
 
