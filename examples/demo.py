@@ -36,7 +36,7 @@ from prometheus_client.parser import text_string_to_metric_families
 EXAMPLES = Path(__file__).resolve().parent
 MODELS = EXAMPLES / "models"
 MAX_TOKENS = 64
-START_SECONDS = 600  # The first start compiles both models.
+START_SECONDS = 1200  # The first start compiles both models.
 # Logits of about 16 that are neighbours in bfloat16 differ by 0.125, and each of two may be rounded otherwise.
 NEAR_TIE = 0.25
 SERVER_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}

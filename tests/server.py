@@ -19,7 +19,7 @@ import engine
 import openai
 import pytest
 
-START_SECONDS = 600  # A first start compiles both models.
+START_SECONDS = 1200  # A first start compiles both models.
 
 
 @dataclass(frozen=True)
