@@ -64,8 +64,8 @@ class TokenTimingConfig(BaseModel):
         tokenizer_revision: The tokenizer's revision.
         dtype: Data type of its weights; ``auto`` takes the target's.
         quantization: Quantization method; none or what the checkpoint says by default.
-        max_model_len: Longest context in draft tokens; by default what the model allows. A request that outgrows it
-            goes on without proposals.
+        max_model_len: Longest context in draft tokens; by default what the model allows. What the target's length needs
+            and the cache holds may be less (``draft/kv_size.py``). A longer request goes on without proposals.
         kv_memory_gib: Memory for the draft's KV cache, in GiB; by default enough for ``max_num_seqs`` requests of
             the target's full length, but at most a quarter of what vLLM may use for the target's.
         enable_prefix_caching: Whether the draft reads what prompts have in common only once; by default as the target.
