@@ -37,6 +37,7 @@ REPORTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 }
 # After the speeds.
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "accelerator": ("On an accelerator", tables.accelerator),
     "serving": ("Under a serving load", tables.serving),
     "draft_step": ("A draft step beside vLLM's", tables.draft_step),
     "overhead": ("What the plugin costs the host, without models", tables.overhead),

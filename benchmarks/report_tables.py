@@ -108,6 +108,50 @@ def repeatability(found: Data) -> str:
     )
 
 
+def accelerator(found: Data) -> str:
+    """Of `accelerator.py`: tokens a second beside what vLLM does without a draft."""
+    rows = {(row["method"], row["temperature"], row["batch"]): row for row in found["rows"]}
+
+    def cell(method: str, temperature: float, batch: int) -> str:
+        rates = rows[method, temperature, batch]["tokens_per_second"]
+        if method == PLAIN:
+            return f"{statistics.median(rates):,.0f}"
+        plain = statistics.median(rows[PLAIN, temperature, batch]["tokens_per_second"])
+        return f"{spread(np.quantile(rates, (0.25, 0.5, 0.75)) / plain)}"
+
+    methods = list(dict.fromkeys(row["method"] for row in found["rows"]))
+    ways = list(dict.fromkeys((row["temperature"], row["batch"]) for row in found["rows"]))
+    drafting = [method for method in methods if method != PLAIN]
+    head = [
+        "T, requests at once", "plain, tokens a second", *(f"{method}, times as many" for method in drafting),
+        *(f"{method}, tokens a pass" for method in drafting),
+    ]  # fmt: skip
+    lines = [
+        (
+            f"T = {temperature:g}, {batch}",
+            *(cell(method, temperature, batch) for method in methods),
+            *(f"{rows[method, temperature, batch]['tokens_per_pass']:.2f}" for method in drafting),
+        )
+        for temperature, batch in ways
+    ]
+    conditions = found["conditions"]
+    runners = "; ".join(
+        f"{name} on model runner {made['runner']}, {'' if made['asynchronous'] else 'not '}scheduled ahead"
+        for name, made in conditions.items()
+    )
+    same = ", ".join(
+        f"{method} {sum(row['same_greedy'] or 0 for row in found['rows'] if row['method'] == method)} of "
+        f"{sum(row['batch'] for row in found['rows'] if row['method'] == method and row['same_greedy'] is not None)}"
+        for method in drafting
+    )
+    return (
+        f"{found['pair']}, {found['settings']['tokens']} tokens each, {found['settings']['rounds']} rounds; median and "
+        f"quartiles. {runners}. Greedy texts that are plain decoding's: {same}.\n\n"
+        + table(head, lines)
+        + origin(found)
+    )
+
+
 def exactness(found: Data) -> str:
     """Of `exactness.py`: every setting's worst test, and whether the controls were caught."""
     names = [row["setting"] for row in found["rows"]]

@@ -16,7 +16,7 @@ by the same ratio and the weights by its root, the result is the old one.
 
 In both cases greedy tokens of the result are compared with the original's, in float32 through transformers, and the
 script fails if one differs. The ratio is measured (`pass_times.py`), so its shape depends on the machine; a shape gives
-the same weights everywhere.
+the same weights on every processor.
 """
 
 import argparse
@@ -75,14 +75,15 @@ def widen(model: LlamaForCausalLM, hidden: int, layers: int) -> LlamaForCausalLM
         layers: Its new number of layers; the new ones come last.
 
     Returns:
-        A new model, in float32.
+        A new model, in float32, on the same device.
     """
     old = model.config
     if old.attention_bias or old.mlp_bias:
         raise SystemExit("A model with biases cannot be widened.")
     config = LlamaConfig(**{**old.to_dict(), **widened_config(old, hidden, layers), "dtype": "float32"})
-    wide = LlamaForCausalLM(config).float()
-    generator = torch.Generator().manual_seed(0)
+    with model.device:
+        wide = LlamaForCausalLM(config).float()
+    generator = torch.Generator(model.device).manual_seed(0)
     for parameter in wide.parameters():
         if parameter.ndim == 2:
             parameter.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
@@ -122,7 +123,7 @@ def widen(model: LlamaForCausalLM, hidden: int, layers: int) -> LlamaForCausalLM
 @torch.inference_mode()
 def greedy(model: LlamaForCausalLM, tokenizer: Any, prompt: str) -> list[int]:
     """The ids that a model writes after a prompt."""
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
     written = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -133,10 +134,10 @@ def greedy(model: LlamaForCausalLM, tokenizer: Any, prompt: str) -> list[int]:
     return list(written[0, ids.shape[1] :].tolist())
 
 
-def check(target: Path, widened: Path) -> None:
+def check(target: Path, widened: Path, device: str) -> None:
     """Fail unless a saved model writes what the original writes."""
     tokenizer = AutoTokenizer.from_pretrained(target)
-    models = [AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32).eval() for p in (target, widened)]
+    models = [AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32).to(device).eval() for p in (target, widened)]
     for prompt in PROMPTS:
         old, new = (greedy(model, tokenizer, prompt) for model in models)
         if old != new:
@@ -144,7 +145,10 @@ def check(target: Path, widened: Path) -> None:
             raise SystemExit(f"The widened model differs from the original after {prompt!r}, at token {place}.")
 
 
-def widen_folder(target: Path, out: Path, hidden: int, layers: int, reason: dict[str, Any] | None = None) -> None:
+def widen_folder(
+    target: Path, out: Path, hidden: int, layers: int, reason: dict[str, Any] | None = None, *,
+    device: str = "cpu", dtype: str = "float32",
+) -> None:  # fmt: skip
     """Widen a saved model, check the result, and write beside it how it was made.
 
     Args:
@@ -153,12 +157,14 @@ def widen_folder(target: Path, out: Path, hidden: int, layers: int, reason: dict
         hidden: New width.
         layers: New number of layers.
         reason: What the shape was chosen by.
+        device: Where it is made; billions of parameters want an accelerator.
+        dtype: Of the saved weights.
     """
-    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).to(device)
     wide = widen(model, hidden, layers)
-    wide.save_pretrained(out)
+    wide.to(getattr(torch, dtype)).save_pretrained(out)
     AutoTokenizer.from_pretrained(target).save_pretrained(out)
-    check(target, out)
+    check(target, out, device)
     shape = {
         "hidden": hidden,
         "layers": layers,
@@ -180,6 +186,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="new number of layers")
     parser.add_argument("--ratio", type=float, help="cost of a target pass in draft passes, instead of a shape")
     parser.add_argument("--draft", type=Path, help="for --ratio")
+    parser.add_argument("--device", default="cpu", help="where it is made")
+    parser.add_argument("--dtype", default="float32", help="of the saved weights")
     options = parser.parse_args()
     if options.ratio:
         from pass_times import shape_for_ratio
@@ -191,7 +199,7 @@ def main() -> None:
         hidden, layers, reason = options.hidden, options.layers, None
     else:
         parser.error("give --hidden and --layers, or --ratio and --draft")
-    widen_folder(options.target, options.out, hidden, layers, reason)
+    widen_folder(options.target, options.out, hidden, layers, reason, device=options.device, dtype=options.dtype)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ class WorkerSide:
             "compiled": bool(mode),
             "threads": torch.get_num_threads(),
             "device": self.device.type,
+            "runner": "V2" if "worker.gpu.model_runner" in type(self.model_runner).__module__ else "V1",
+            "asynchronous": bool(self.scheduler_config.async_scheduling),
             "max_num_seqs": self.scheduler_config.max_num_seqs,
             "max_model_len": self.model_config.max_model_len,
         }
