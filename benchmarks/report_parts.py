@@ -23,11 +23,11 @@ def dtype_of(found: Mapping[str, Any]) -> str:
 
 
 def _in_words(condition: Mapping[str, Any]) -> str:
-    threads = condition["threads"]
+    threads = condition.get("threads", 0)  # None are told where an accelerator computes.
     words = [
         condition["dtype"],
         "compiled" if condition["compiled"] else "eager",
-        f"{threads} thread{'s' * (threads != 1)}",
+        *([f"{threads} thread{'s' * (threads != 1)}"] if threads else []),
         *([f"at most {condition['max_num_seqs']} requests at once"] if "max_num_seqs" in condition else []),
     ]
     return ", ".join(words)

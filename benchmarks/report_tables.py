@@ -136,17 +136,16 @@ def accelerator(found: Data) -> str:
     ]
     conditions = found["conditions"]
     runners = "; ".join(
-        f"{name} on model runner {made['runner']}, {'' if made['asynchronous'] else 'not '}scheduled ahead"
+        f"{name[0].upper()}{name[1:]}: model runner {made['runner']}"
+        f"{', scheduled ahead' if made['asynchronous'] else ''}"
         for name, made in conditions.items()
     )
-    same = ", ".join(
-        f"{method} {sum(row['same_greedy'] or 0 for row in found['rows'] if row['method'] == method)} of "
-        f"{sum(row['batch'] for row in found['rows'] if row['method'] == method and row['same_greedy'] is not None)}"
-        for method in drafting
-    )
+    greedy = [row for row in found["rows"] if row["method"] != PLAIN and row["same_greedy"] is not None]
+    same, number = sum(row["same_greedy"] for row in greedy), sum(row["batch"] for row in greedy)
+    sameness = f" {same} of {number} greedy texts are plain decoding's." if number else ""
     return (
-        f"{found['pair']}, {found['settings']['tokens']} tokens each, {found['settings']['rounds']} rounds; median and "
-        f"quartiles. {runners}. Greedy texts that are plain decoding's: {same}.\n\n"
+        f"{found['pair'][0].upper()}{found['pair'][1:]}; {found['settings']['tokens']} tokens each, "
+        f"{found['settings']['rounds']} rounds; median and quartiles. {runners}.{sameness}\n\n"
         + table(head, lines)
         + origin(found)
     )

@@ -26,7 +26,7 @@ class WorkerSide:
         return {
             "dtype": str(self.model_config.dtype).removeprefix("torch."),
             "compiled": bool(mode),
-            "threads": torch.get_num_threads(),
+            **({"threads": torch.get_num_threads()} if self.device.type == "cpu" else {}),
             "device": self.device.type,
             "runner": "V2" if "worker.gpu.model_runner" in type(self.model_runner).__module__ else "V1",
             "asynchronous": bool(self.scheduler_config.async_scheduling),
