@@ -105,7 +105,7 @@ def results(data: Data) -> str:
 
 
 def readme_part(data: Data) -> str:
-    """What stands between the two marks in `README.md`: the table of tokens per pass, and links to the reports."""
+    """What stands between the two marks in `README.md`: tokens per pass, what repeats itself, links to the reports."""
     lines = []
     for name in ("acceptance_published", "acceptance"):
         if name in data:
@@ -116,6 +116,11 @@ def readme_part(data: Data) -> str:
                 f"{settings['tokens']} tokens each, always {settings['proposals']} proposals, all methods in one run, "
                 f"95 % intervals.\n\n{tables.Accepted(found).table()}{origin(found)}"
             )
+    lines += [
+        tables.repeatability_in_short(data[name])
+        for name in ("repeatability_published", "repeatability")
+        if name in data
+    ]
     if not lines:
         lines.append("There is no measurement of this version yet; `make results` makes one.\n")
     reports = ["benchmarks/RESULTS.md", *(name for name, (source, _) in REPORTS.items() if source in data)]

@@ -108,6 +108,24 @@ def repeatability(found: Data) -> str:
     )
 
 
+def repeatability_in_short(found: Data) -> str:
+    """Of `repeatability.py`, in a paragraph: how many texts repeat themselves, and the widest gap where they do not."""
+
+    def said(method: str, rows: list[Data]) -> str:
+        outputs = sum(row["outputs"] for row in rows)
+        counted = [sum(row[name] for row in rows) for name in ("same_greedy", "same_seeded")]
+        gaps = [row["largest_gap"] for row in rows if row["largest_gap"] is not None]
+        widest = f" (largest gap of the two log-probabilities: {max(gaps):.3f})" if gaps else ""
+        return f"{method}, {counted[0]} of {outputs} greedy texts{widest} and {counted[1]} of {outputs} seeded ones"
+
+    methods = list(dict.fromkeys(row["method"] for row in found["rows"]))
+    words = [said(method, [row for row in found["rows"] if row["method"] == method]) for method in methods]
+    return (
+        f"What repeats itself, {found['pair']}, in {dtype_of(found)}, alone, alone again and in a batch: "
+        f"{'; '.join(words)}.\n"
+    )
+
+
 def accelerator(found: Data) -> str:
     """Of `accelerator.py`: tokens a second beside what vLLM does without a draft."""
     rows = {(row["method"], row["temperature"], row["batch"]): row for row in found["rows"]}

@@ -1,15 +1,15 @@
 """Starts real vLLM engines for the tests, with the embedded models.
 
-An engine reads its environment when vLLM is imported and leaves global state behind, so engines live in
-processes of their own: ``in_fresh_process`` calls a function of a test module there, with arguments and a
-result that go through JSON. The functions below it are for use in that process. Starting Python and importing
-vLLM takes several seconds, a further engine in the same process much less, so one such function does the work
-of many tests.
+An engine leaves global state behind, so engines live in processes of their own: ``in_fresh_process`` calls a function
+of a test module there, with arguments and a result that go through JSON. The functions below it are for use in that
+process. Importing vLLM takes several seconds, so it is done once, and the processes are forked after that. Starting an
+engine takes seconds, too, so one such function does the work of many tests.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import logging
@@ -18,6 +18,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,7 @@ def environment() -> dict[str, str]:
 
 
 def in_fresh_process(function: Callable[..., Any], /, **arguments: Any) -> Any:
-    """Call a function of a test module in a new Python process.
+    """Call a function of a test module in a process that has imported vLLM and done nothing else.
 
     Args:
         function: Defined at the top of a module in the folder of the tests.
@@ -58,20 +60,39 @@ def in_fresh_process(function: Callable[..., Any], /, **arguments: Any) -> Any:
         AssertionError: It raised something; the message is the end of what the process printed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        result, log, given = Path(folder, "result.json"), Path(folder, "log"), json.dumps(arguments)
-        with log.open("wb") as sink:
-            process = subprocess.Popen(
-                [sys.executable, __file__, function.__module__, function.__name__, given, result],
-                env=environment(), stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True,
-            )  # fmt: skip
-            try:
-                process.wait(timeout=_SECONDS)
-            finally:
-                kill_group(process)
-        if process.returncode != 0 or not result.exists():
+        result, log = Path(folder, "result.json"), Path(folder, "log")
+        job = [function.__module__, function.__name__, arguments, str(result), str(log)]
+        status = _forking().run(job)
+        if status != 0 or not result.exists():
             end = "\n".join(log.read_text(errors="replace").splitlines()[-60:])
-            raise AssertionError(f"{function.__name__} ended with status {process.returncode}:\n{end}")
+            raise AssertionError(f"{function.__name__} ended with status {status}:\n{end}")
         return json.loads(result.read_text())
+
+
+class _Forking:
+    """A process that imports vLLM, which takes seconds, once, and forks for every job."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def run(self, job: list[Any]) -> int:
+        """Do a job, and return the status that its process ended with."""
+        assert self._process.stdin and self._process.stdout
+        print(json.dumps(job), file=self._process.stdin, flush=True)
+        pid = int(self._process.stdout.readline())
+        timer = threading.Timer(_SECONDS, os.killpg, (pid, signal.SIGKILL))
+        timer.start()
+        try:
+            return int(self._process.stdout.readline())
+        finally:
+            timer.cancel()
+
+
+@functools.cache
+def _forking() -> _Forking:
+    return _Forking()
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
@@ -81,12 +102,38 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _called() -> None:
-    module, name, arguments, result = sys.argv[1:]
-    value = getattr(importlib.import_module(module), name)(**json.loads(arguments))
-    Path(result).write_text(json.dumps(value))
-    # Engines that are torn down by the interpreter's exit have nothing more to say.
-    os._exit(0)
+def _fork_for_jobs() -> None:
+    """Do the jobs in the lines of the standard input, each in a fork, which ends with all that it started."""
+    importlib.import_module("vllm.entrypoints.llm")
+    importlib.import_module("vllm.v1.engine.core")
+    importlib.import_module("vllm.v1.worker.gpu_model_runner")
+    for line in sys.stdin:
+        if (pid := os.fork()) == 0:
+            os.setsid()
+            _do(*json.loads(line))
+        print(pid, flush=True)
+        _, status = os.waitpid(pid, 0)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def _do(module: str, name: str, arguments: dict[str, Any], result: str, log: str) -> None:
+    sink, nothing = os.open(log, os.O_CREAT | os.O_WRONLY), os.open(os.devnull, os.O_RDONLY)
+    for given, standard in ((nothing, 0), (sink, 1), (sink, 2)):
+        os.dup2(given, standard)
+    status = 1
+    try:
+        value = getattr(importlib.import_module(module), name)(**arguments)
+        Path(result).write_text(json.dumps(value))
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Engines that are torn down by the interpreter's exit have nothing more to say.
+        os._exit(status)
 
 
 # In the fresh process.
@@ -204,4 +251,4 @@ if __name__ == "__main__":
     # Modules that import this one shall not get a second copy of it.
     sys.modules["engine"] = sys.modules["__main__"]
     sys.path.insert(0, str(TESTS))
-    _called()
+    _fork_for_jobs()

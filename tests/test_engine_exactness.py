@@ -21,19 +21,19 @@ pytestmark = pytest.mark.engine
 FAMILY_LEVEL = 1e-4
 NUM_SAMPLINGS = 9  # Of the settings that are exact, all together.
 EXACT = {
-    "tokentiming": 16_000,
-    "mixed batch": 5_000,
-    "lossy vocabularies": 6_000,
-    "tli": 8_000,
-    "seeded requests, adaptive length": 4_000,
-    "penalties": 5_000,
-    "stages that fail": 4_000,
+    "tokentiming": 8_000,
+    "mixed batch": 3_000,
+    "lossy vocabularies": 3_000,
+    "tli": 4_000,
+    "seeded requests, adaptive length": 2_000,
+    "penalties": 3_000,
+    "stages that fail": 3_000,
 }
 CONTROLS = {
-    "control: tokentiming-paper": 16_000,
-    "control: wrong temperature": 20_000,
+    "control: tokentiming-paper": 8_000,
+    "control: wrong temperature": 12_000,
 }
-ACCEPTANCE_OUTPUTS = 6_000
+ACCEPTANCE_OUTPUTS = 4_000
 BATCH = 16
 
 
