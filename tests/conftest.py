@@ -27,11 +27,17 @@ EMBEDDED = ("embedded_target", "embedded_draft")
 EXACT = (*EMBEDDED, "gpt2", "gpt_neox_20b", "llama2", "llama3", "qwen2.5", "mistral_tekken")
 LOSSY = ("t5_small", "bert")
 
+# For tests that take minutes and whose parts others test, too.
+longer = pytest.mark.skipif(not os.environ.get("TOKENTIMING_ALL"), reason="make test ALL=1 runs it, for minutes more")
+
 _SEARCH = int(os.environ.get("TOKENTIMING_SEARCH", 0))
 
 
 # Files that compile real models take longest; with several workers, they have to begin first.
-_LONGEST = ("test_engine_published", "test_engine_exactness", "test_engine_defaults")
+_LONGEST = tuple(
+    f"test_engine_{name}"
+    for name in ("published", "defaults", "exactness", "patches", "lifecycle", "greedy", "interface")
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import logging
@@ -107,6 +108,9 @@ def _fork_for_jobs() -> None:
     importlib.import_module("vllm.entrypoints.llm")
     importlib.import_module("vllm.v1.engine.core")
     importlib.import_module("vllm.v1.worker.gpu_model_runner")
+    # vLLM collects garbage several times in every start; what is imported is none.
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         if (pid := os.fork()) == 0:
             os.setsid()

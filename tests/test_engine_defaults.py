@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import engine
 import pytest
+from conftest import longer
 from engine_prompts import long_ids, texts
 from near_ties import gaps
 from server import serving
@@ -116,7 +115,7 @@ def test_a_seeded_request_reproduces_itself_as_often_as_in_plain_decoding(writte
     assert ours >= plain - 1
 
 
-@pytest.mark.skipif(not os.environ.get("TOKENTIMING_ALL"), reason="make test ALL=1 runs it, for minutes more")
+@longer
 def test_two_ranks_draft_and_write_what_one_does_but_for_near_ties():
     found = engine.in_fresh_process(write_with_two_ranks)
     assert max(found["gaps"], default=0) < NEAR_TIE

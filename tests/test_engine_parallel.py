@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import engine
 import pytest
+from conftest import longer
 from engine_prompts import texts
 from server import EXACT, serving
 
@@ -62,11 +63,13 @@ def test_two_ranks_draft_as_one_does(sharded, alone):
     assert sorted(sharded["counted"]) == sorted(COUNTED)
 
 
+@longer
 def test_two_ranks_agree_on_lengths_that_adapt(sharded):
     adaptive = engine.in_fresh_process(_speculating, ranks=2, adaptive=True)
     assert adaptive["greedy"] == sharded["greedy"]
 
 
+@longer
 def test_each_of_two_engines_drafts_and_counts_for_itself(tmp_path):
     with serving(tmp_path / "log", *EXACT, "--data-parallel-size", "2") as server:
         alone = [server.complete(prompt) for prompt in texts()[:NUM_PROMPTS]]

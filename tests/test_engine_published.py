@@ -1,8 +1,8 @@
 """Two published models, each as the draft of the other.
 
-Through `LLM`, eagerly and in float32, where greedy text has to be plain decoding's; through a server, compiled and in
-bfloat16, as users start it. `make test ALL=1` also runs `LLM` compiled and in bfloat16, and the server the other way
-round: each takes minutes.
+One way round through `LLM`, eagerly and in float32, where greedy text has to be plain decoding's; the other way round
+through a server, compiled and in bfloat16, as users start it. `make test ALL=1` runs both in both ways, and `LLM`
+compiled and in bfloat16, too: each takes minutes.
 
 Two of vLLM's settings are never its defaults here, the size of a pass and the number of requests: vLLM runs and samples
 from the largest pass when it starts, and a processor without instructions for bfloat16 takes minutes for that.
@@ -10,11 +10,9 @@ from the largest pass when it starts, and a processor without instructions for b
 
 from __future__ import annotations
 
-import os
-
 import engine
 import pytest
-from conftest import published
+from conftest import longer, published
 from engine_prompts import long_ids
 from near_ties import gaps
 from server import serving
@@ -83,25 +81,24 @@ def _speculation(draft: str, **settings) -> dict:
 
 
 BOTH_WAYS = (("gemma3", "smollm2"), ("smollm2", "gemma3"))
-LONGER = pytest.mark.skipif(not os.environ.get("TOKENTIMING_ALL"), reason="make test ALL=1 runs it, for minutes more")
 
 
 def _ways(usual: tuple[bool, bool]) -> list:
     """Both ways round, of which those that are not usual run only if all is to be tested."""
     return [
-        pytest.param(pair, marks=() if always else LONGER, id=" <- ".join(pair))
+        pytest.param(pair, marks=() if always else longer, id=" <- ".join(pair))
         for pair, always in zip(BOTH_WAYS, usual, strict=True)
     ]
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(True, id="exact"), pytest.param(False, id="as users", marks=LONGER)]
+    scope="module", params=[pytest.param(True, id="exact"), pytest.param(False, id="as users", marks=longer)]
 )
 def exact(request) -> bool:
     return request.param
 
 
-@pytest.fixture(scope="module", params=_ways((True, True)))
+@pytest.fixture(scope="module", params=_ways((True, False)))
 def written(request, exact):
     target, draft = map(str, published(*request.param))
     return {"exact": exact} | engine.in_fresh_process(write, target=target, draft=draft, exact=exact)
