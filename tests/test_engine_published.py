@@ -106,7 +106,7 @@ def written(request, exact):
 
 def test_greedy_text_is_plain_decodings_but_for_near_ties_in_bfloat16(written):
     assert max(written["gaps"], default=0) < NEAR_TIE
-    assert len(written["gaps"]) <= (0 if written["exact"] else written["num prompts"] / 3)
+    assert len(written["gaps"]) < (1 if written["exact"] else written["num prompts"] / 3)
 
 
 def test_sampled_requests_are_answered_whole(written):
