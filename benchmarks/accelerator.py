@@ -2,31 +2,24 @@
 
     python benchmarks/accelerator.py --target DIR --draft DIR --pair NAME [--batches 1 8 32]
 
-Without a draft vLLM takes its newest model runner, schedules ahead and replays whole passes as CUDA graphs; a custom
-proposer gets none of the three. So the question of a user is not what drafting brings to the engine that drafts, but
-which of two engines is faster, each as vLLM starts it. All engines are started at once, since compiling takes longest,
-and are timed in turns, each while the others wait.
+Without a draft vLLM takes its newest model runner and schedules ahead; a custom proposer gets neither. So the question
+of a user is not what drafting brings to the engine that drafts, but which of two engines is faster, each as vLLM starts
+it. All engines are started at once, since compiling takes longest, and are timed in turns, each while the others wait.
 """
 
 import argparse
 import fcntl
 import json
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from conditions import add_options, answer, conditions, departures, engine_of, run_python, start
+from grid import PLAIN
 from measure_vllm import counters, since
 from provenance import DATA, RAW, ROOT, provenance, write_data
-
-PROPOSALS = 6
-METHODS: dict[str, dict[str, Any] | None] = {
-    "plain": None,
-    "tokentiming": {"method": "tokentiming"},
-    "tokentiming, fixed length": {"method": "tokentiming", "adaptive_length": False},
-}
+from repeatability import METHODS, PROPOSALS, speculative
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
@@ -36,8 +29,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     llm = start(job["target"], job["speculative"], job["engine"])
     prompts, rows = job["prompts"], []
 
-    def write(batch: int, temperature: float, tokens: int) -> list[list[int]]:
-        wanted = SamplingParams(temperature=temperature, max_tokens=tokens, ignore_eos=True)
+    def write(batch: int, temperature: float) -> list[list[int]]:
+        wanted = SamplingParams(temperature=temperature, max_tokens=job["tokens"], ignore_eos=True)
         outputs = llm.generate(prompts[:batch], wanted, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
@@ -45,11 +38,11 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         for temperature in job["temperatures"]:
             for batch in job["batches"]:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                write(batch, temperature, job["tokens"])
+                write(batch, temperature)
                 before, seconds = counters(llm), []
                 for _ in range(job["rounds"]):
                     began = time.perf_counter()
-                    target_ids = write(batch, temperature, job["tokens"])
+                    target_ids = write(batch, temperature)
                     seconds.append(time.perf_counter() - began)
                 counted = since(before, counters(llm))
                 fcntl.flock(lock, fcntl.LOCK_UN)
@@ -99,14 +92,12 @@ def main() -> None:
         "temperatures": options.temperatures, "rounds": options.rounds,
     }  # fmt: skip
 
-    def run(given: dict[str, Any] | None) -> dict[str, Any]:
-        own = {"model": str(options.draft), "num_speculative_tokens": PROPOSALS}
-        return run_python("accelerator.py", {**job, "speculative": None if given is None else {**given, **own}})
+    def run(method: str) -> dict[str, Any]:
+        return run_python("accelerator.py", {**job, "speculative": speculative(method, options.draft)})
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with ThreadPoolExecutor(len(METHODS)) as engines:
-        found = dict(zip(METHODS, engines.map(run, METHODS.values()), strict=True))
-    expected = {(row["temperature"], row["batch"]): row["target_ids"] for row in found["plain"]["rows"]}
+        found = dict(zip(METHODS, engines.map(run, METHODS), strict=True))
+    expected = {(row["temperature"], row["batch"]): row["target_ids"] for row in found[PLAIN]["rows"]}
     rows = []
     for method, measured in found.items():
         for row in measured["rows"]:

@@ -14,16 +14,19 @@ from statistics import median
 from typing import Any
 
 from conditions import add_options, answer, conditions, departures, engine_of, run_python, start
+from grid import OURS, PLAIN, with_draft
 from provenance import DATA, ROOT, provenance, write_data
 from workloads import load
 
 PROPOSALS = 6
-METHODS: dict[str, dict[str, Any] | None] = {
-    "plain": None,
-    "tokentiming": {"method": "tokentiming"},
-    "tokentiming, fixed length": {"method": "tokentiming", "adaptive_length": False},
-}
+# Our settings in each.
+METHODS: dict[str, dict[str, Any]] = {PLAIN: {}, OURS: {}, f"{OURS}, fixed length": {"adaptive_length": False}}
 WAYS = ("alone", "alone again", "together")
+
+
+def speculative(method: str, draft: Path) -> dict[str, Any] | None:
+    """vLLM's speculative configuration of one of `METHODS`."""
+    return with_draft(method.partition(",")[0], PROPOSALS, draft, **METHODS[method])
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
@@ -88,10 +91,8 @@ def main() -> None:
     prompts = load(options.workload, options.num_prompts, options.characters)["prompts"]
     job = {"target": str(options.target), "prompts": prompts, "tokens": options.tokens, "engine": engine_of(options)}
     written: dict[str, dict[str, Any]] = {}
-    for method, speculative in METHODS.items():
-        if speculative is not None:
-            speculative = {**speculative, "model": str(options.draft), "num_speculative_tokens": PROPOSALS}
-        written[method] = run_python("repeatability.py", {**job, "speculative": speculative})
+    for method in METHODS:
+        written[method] = run_python("repeatability.py", {**job, "speculative": speculative(method, options.draft)})
         print(f"{method}: written", flush=True)
     reference, prompt_ids = written["plain"]["greedy"]["alone"], written["plain"]["prompt_ids"]
     places, asked = [], []

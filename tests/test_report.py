@@ -174,6 +174,38 @@ def test_conditions_and_what_is_not_a_users_stand_below_a_section(tmp_path):
     assert "tokentiming: bfloat16, compiled, 3 threads" in text
 
 
+def test_an_accelerators_speeds_are_given_in_those_of_plain_decoding():
+    ways = {"temperature": 0.0, "batch": 2}
+    rows = [
+        {"method": "plain", **ways, "tokens_per_second": [90, 100, 110], "tokens_per_pass": 1.0, "same_greedy": 2},
+        {"method": "tokentiming", **ways, "tokens_per_second": [50, 60, 70], "tokens_per_pass": 2.5, "same_greedy": 1},
+    ]
+    condition = {"dtype": "bfloat16", "compiled": True, "device": "cuda", "max_num_seqs": 8}
+    text = report.tables.accelerator(
+        {
+            "provenance": MADE, "departures": [], "pair": "a pair", "rows": rows,
+            "conditions": {
+                "plain": {**condition, "runner": "V2", "asynchronous": True},
+                "tokentiming": {**condition, "runner": "V1", "asynchronous": False},
+            },
+            "settings": {"tokens": 16, "rounds": 3, "proposals": 6},
+        }
+    )  # fmt: skip
+    assert "| T = 0, 2 | 100 | 0.6 [0.55, 0.65] | 2.50 |" in text
+    assert "Plain: model runner V2, scheduled ahead; Tokentiming: model runner V1. 1 of 2 greedy texts" in text
+    assert "bfloat16, compiled, at most 8 requests at once; vLLM 9" in text
+
+
+def test_what_repeats_itself_is_added_up_over_the_ways_to_ask():
+    rows = [
+        {"method": "plain", "outputs": 4, "same_greedy": 3, "largest_gap": gap, "same_seeded": 4}
+        for gap in (0.125, None, 0.25)
+    ]
+    text = report.tables.repeatability_in_short({"pair": "a pair", "conditions": {"plain": CONDITION}, "rows": rows})
+    assert "in bfloat16" in text
+    assert "plain, 9 of 12 greedy texts (largest gap of the two log-probabilities: 0.250) and 12 of 12 seeded" in text
+
+
 def test_speedup_and_tokens_per_pass_are_ratios_of_sums():
     found = measured()
     assert found.speedup().value == pytest.approx(12 / 5)
