@@ -44,6 +44,7 @@ from vllm_tokentiming.draft.kv_pool import KVPool
 from vllm_tokentiming.draft.sampling import DraftSampling
 from vllm_tokentiming.draft_length import FixedLength
 from vllm_tokentiming.pair import Vocabulary, VocabularyPair
+from vllm_tokentiming.transducer import Transducer
 
 PAIRS = ["llama3/qwen2.5", "qwen2.5/llama3", "qwen2.5/llama2", "llama2/gpt2", "qwen2.5/t5_small"]
 TEXTS = {
@@ -272,7 +273,9 @@ def simulations(data: Path, names: str, steps: int, batch: int) -> Iterator[tupl
     pair = VocabularyPair.of(*(vocabulary(data, name) for name in names.split("/")))
     sizes = {"draft_size": pair.draft.token_bytes.size, "target_size": pair.target.token_bytes.size}
     limits = {"num_proposals": NUM_PROPOSALS, "max_draft_tokens": MAX_DRAFT_TOKENS, "max_q_bytes": 1 << 30}
-    shared = writer.Writer(pair, "tokentiming", length=FixedLength(), **sizes, **limits, device=torch.device("cpu"))
+    shared = writer.Writer(
+        pair, Transducer(pair), "tokentiming", length=FixedLength(), **sizes, **limits, device=torch.device("cpu")
+    )
     for (kind, corpora), length, sampled in itertools.product(TEXTS.items(), LENGTHS, (False, True)):
         text = text_of(data, corpora, 6 * (length + 6 * steps) + 2000)
         described = {"pair": names, "text": kind, "context": length, "mode": "sampled" if sampled else "greedy"}

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 
 from vllm_tokentiming.draft_length import FixedLength
 from vllm_tokentiming.pair import Vocabulary, VocabularyPair
+from vllm_tokentiming.transducer import Transducer
 from vllm_tokentiming.writer import Writer
 
 BASE = {"requests": 1, "context": 1024, "proposals": NUM_PROPOSALS, "vocabulary": 1 << 17}
@@ -55,7 +56,7 @@ def simulation(pair: VocabularyPair, point: dict[str, int], text: bytes, sampled
     lengths = pair.target.token_bytes.lengths[pair.target.encoder.encode(text)]
     begin = int(lengths[: max(AXES["context"]) - context].sum())
     writer = Writer(
-        pair, "tokentiming", draft_size=size, target_size=size, num_proposals=proposals,
+        pair, Transducer(pair), "tokentiming", draft_size=size, target_size=size, num_proposals=proposals,
         max_draft_tokens=2 * proposals, device=torch.device("cpu"), max_q_bytes=1 << 32, length=FixedLength(),
     )  # fmt: skip
     return Simulation(pair, writer, text[begin:], context, sampled, point["requests"], proposals)

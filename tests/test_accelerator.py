@@ -14,6 +14,7 @@ pytest.importorskip("vllm")
 from vllm_tokentiming.draft.sampling import DraftSampling
 from vllm_tokentiming.draft_length import Chain, FixedLength, History
 from vllm_tokentiming.staging import verify_stages
+from vllm_tokentiming.transducer import Transducer
 from vllm_tokentiming.writer import Draft, Writer
 
 PASSES, PROPOSALS = 4, 3
@@ -40,7 +41,8 @@ class Written:
 def write(pair, strategy, kinds, device, pieces=False, accelerator=None):
     """One step of drafting from random logits, and the verification of its stages."""
     writer = Writer(
-        pair, strategy, draft_size=pair.draft.token_bytes.size, target_size=pair.target.token_bytes.size,
+        pair, Transducer(pair, one_to_one=strategy == "tli"), strategy,
+        draft_size=pair.draft.token_bytes.size, target_size=pair.target.token_bytes.size,
         num_proposals=PROPOSALS, max_draft_tokens=PASSES, device=device, max_q_bytes=1 << 30, length=FixedLength(),
     )  # fmt: skip
     drafts = [Draft(i, Chain(History(), PROPOSALS), kind, 7, pieces=pieces) for i, kind in enumerate(kinds)]

@@ -11,6 +11,7 @@ from vllm_tokentiming.config import SettingsError
 from vllm_tokentiming.draft.kv_pool import KVPool
 from vllm_tokentiming.draft_length import FixedLength
 from vllm_tokentiming.rehearsal import rehearse
+from vllm_tokentiming.transducer import Transducer
 from vllm_tokentiming.writer import Writer
 
 NUM_REQUESTS, PROPOSALS = 6, 3
@@ -40,7 +41,8 @@ class FullModel(Model):
 def make_writer(embedded, max_q_bytes: int = 1 << 30) -> Writer:
     sizes = [side.token_bytes.size for side in (embedded.pair.draft, embedded.pair.target)]
     return Writer(
-        embedded.pair, "tokentiming", draft_size=sizes[0], target_size=sizes[1], num_proposals=PROPOSALS,
+        embedded.pair, Transducer(embedded.pair), "tokentiming", draft_size=sizes[0], target_size=sizes[1],
+        num_proposals=PROPOSALS,
         max_draft_tokens=2 * PROPOSALS, device=torch.device("cpu"), max_q_bytes=max_q_bytes, length=FixedLength(),
     )  # fmt: skip
 

@@ -91,6 +91,7 @@ OTHERS = {
 }  # fmt: skip
 OTHERS_IN_MODULE = {
     ("model", "size"), ("plugin", "_OPTIONS"), ("proposer", "model"), ("refusals", "file"), ("vllm_config", "NO_TEXT"),
+    ("vocabularies", "store"),
 }  # fmt: skip
 # Arguments that a function takes by `**kwargs`, and what reads them.
 PASSED_ON = {

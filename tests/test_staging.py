@@ -153,9 +153,9 @@ def test_target_tokens_are_waited_for_by_way_of_what_they_begin_with(names):
 
 def make_writer(pair, max_draft_tokens):
     return Writer(
-        pair, "tokentiming", draft_size=pair.draft.token_bytes.size, target_size=pair.target.token_bytes.size,
-        num_proposals=3, max_draft_tokens=max_draft_tokens, device=torch.device("cpu"), max_q_bytes=1 << 30,
-        length=FixedLength(),
+        pair, Transducer(pair), "tokentiming",
+        draft_size=pair.draft.token_bytes.size, target_size=pair.target.token_bytes.size, num_proposals=3,
+        max_draft_tokens=max_draft_tokens, device=torch.device("cpu"), max_q_bytes=1 << 30, length=FixedLength(),
     )  # fmt: skip
 
 

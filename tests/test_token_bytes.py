@@ -4,9 +4,7 @@ import unicodedata
 
 import numpy as np
 import pytest
-from conftest import EMBEDDED, EXACT, LOSSY, cases, examples, load_tokenizer, load_vocabulary, need, own_ids
-from hypothesis import given
-from hypothesis import strategies as st
+from conftest import EMBEDDED, EXACT, LOSSY, cases, load_tokenizer, load_vocabulary, own_ids
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from vllm_tokentiming.token_bytes import TokenBytes, VocabularyKind, byte_alphabet, kind_of
@@ -199,67 +197,3 @@ def test_an_id_outside_the_vocabulary_is_an_index_error_and_not_another_token(to
         token_bytes[token_id]
     with pytest.raises(IndexError):
         token_bytes.decode([0, token_id])
-
-
-# Fingerprints.
-
-
-def fingerprint(pieces, special=None, head_size=0):
-    return TokenBytes(pieces, special or {}, VocabularyKind.PLAIN, head_size).fingerprint
-
-
-def test_equal_vocabularies_have_equal_fingerprints_however_they_were_read():
-    ordinary = byte_level("th")
-    ordinary.add_special_tokens([AddedToken("<|end|>", special=True)])
-    pieces = {byte: bytes([byte]) for byte in range(256)} | {256: b"th"}
-    listed = TokenBytes(pieces, {257: "<|end|>"}, VocabularyKind.BYTE_LEVEL, 0)
-    read = TokenBytes.from_tokenizer(ordinary)
-    assert read.fingerprint == listed.fingerprint
-    assert fingerprint({0: b"a", 1: b"b"}) == fingerprint({1: b"b", 0: b"a"})
-
-
-@pytest.mark.parametrize(
-    ("pieces", "special", "head_size"),
-    [
-        ({0: b"b", 1: b"a"}, {}, 0),
-        ({0: b"a"}, {1: "b"}, 0),
-        ({0: b"a", 1: b"b"}, {}, 3),
-        ({0: b"a", 2: b"b"}, {}, 0),
-        ({0: b"ab"}, {}, 2),
-        ({0: b"a", 1: b"b"}, {2: "<s>"}, 0),
-    ],
-)
-def test_vocabularies_that_differ_in_any_id_have_different_fingerprints(pieces, special, head_size):
-    assert fingerprint(pieces, special, head_size) != fingerprint({0: b"a", 1: b"b"})
-
-
-@pytest.mark.parametrize(
-    ("left", "right"),
-    [
-        ({0: "<s>"}, {0: "</s>"}),
-        ({0: ""}, {}),
-        ({0: "a\n1b"}, {0: "a", 1: "b"}),
-    ],
-)
-def test_special_tokens_of_different_text_have_different_fingerprints(left, right):
-    assert fingerprint({2: b"x"}, left) != fingerprint({2: b"x"}, right)
-    assert fingerprint({}, left, 1) != fingerprint({}, right, 1)
-
-
-def test_real_vocabularies_all_have_different_fingerprints():
-    need("tokenizers")
-    names = EXACT + LOSSY
-    assert len({load_vocabulary(name).token_bytes.fingerprint for name in names}) == len(names)
-
-
-token_pieces = st.dictionaries(st.integers(0, 6), st.binary(max_size=2), max_size=5)
-special_texts = st.dictionaries(st.integers(0, 6), st.sampled_from(["", "a", "61", "a\n", "\n1a"]), max_size=3)
-
-
-@given(token_pieces, special_texts, token_pieces, special_texts, st.integers(0, 8))
-@examples(200)
-def test_fingerprints_are_equal_exactly_when_every_id_means_the_same(pieces, special, others, other_special, head):
-    left = TokenBytes(pieces, special, VocabularyKind.PLAIN, head)
-    right = TokenBytes(others, other_special, VocabularyKind.PLAIN, head)
-    same = (left.pieces, left.special) == (right.pieces, right.special)
-    assert (left.fingerprint == right.fingerprint) == same

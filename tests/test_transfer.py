@@ -203,6 +203,7 @@ def write(writer, transducer, sizes, drafts, passes=4, seed=0):
 def make_writer(embedded, sizes, strategy="tokentiming", max_q_bytes=1 << 30, log_prior=None):
     return Writer(
         embedded.pair,
+        Transducer(embedded.pair, one_to_one=strategy == "tli"),
         strategy,
         draft_size=sizes[0],
         target_size=sizes[1],

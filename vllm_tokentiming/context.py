@@ -87,7 +87,7 @@ class DraftContext:
         if drafted is not None:
             num_draft, num_target = self._standing(target_ids, drafted)
             old += drafted.draft_ids[:num_draft]
-            if not self._pair.draft.encoder.exact and num_draft:
+            if not self._pair.draft.exact and num_draft:
                 self.draft_ids += drafted.draft_ids[:num_draft]
                 self._settled, self._tail = len(self.draft_ids), b""
                 target_ids = target_ids[num_target:]

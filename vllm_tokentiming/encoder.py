@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,16 +99,18 @@ class Encoder:
     Attributes:
         token_bytes: The vocabulary.
         exact: Whether what is encoded spells the input again, byte for byte.
+        side_by_side: Every pair of neighbouring characters that some token holds; ``None`` where it is of no use.
     """
 
     exact = True
 
-    def __init__(self, tokenizer: Any, token_bytes: TokenBytes) -> None:
+    def __init__(self, tokenizer: Any, token_bytes: TokenBytes, side_by_side: Set[str] | None = None) -> None:
         """Take a tokenizer apart.
 
         Args:
             tokenizer: A ``tokenizers.Tokenizer``; it is not changed.
             token_bytes: The bytes of its ids.
+            side_by_side: The attribute, where it is known already.
         """
         self.token_bytes = token_bytes
         self._model = tokenizer.model
@@ -117,9 +119,9 @@ class Encoder:
         self._added = _added_text(tokenizer, token_bytes)
         self._pre_tokenizer, self._spell_later = _middle_of_text(tokenizer.pre_tokenizer)
         self._normalized_to_bytes = '"type": "ByteLevel"' in json.dumps(component(tokenizer.normalizer))
-        self._side_by_side: set[str] | None = None
+        self.side_by_side: Set[str] | None = None
         if token_bytes.kind is VocabularyKind.METASPACE:
-            self._side_by_side = _side_by_side(tokenizer)
+            self.side_by_side = side_by_side or _side_by_side(tokenizer)
 
     def encode(self, data: bytes) -> list[int]:
         """Encode bytes that stand in the middle of a text.
@@ -242,13 +244,13 @@ class Encoder:
 
     def _cut(self, text: str) -> list[str]:
         pieces = [text] if self._pre_tokenizer is None else [p for p, _ in self._pre_tokenizer.pre_tokenize_str(text)]
-        if self._side_by_side is None:
+        if self.side_by_side is None:
             return pieces
         parts = []
         for piece in pieces:
             start = 0
             for end in range(1, len(piece)):
-                if piece[end - 1 : end + 1] not in self._side_by_side:
+                if piece[end - 1 : end + 1] not in self.side_by_side:
                     parts.append(piece[start:end])
                     start = end
             parts.append(piece[start:])
@@ -260,9 +262,9 @@ class LossyEncoder(Encoder):
 
     exact = False
 
-    def __init__(self, tokenizer: Any, token_bytes: TokenBytes) -> None:
-        """Take a tokenizer apart; see ``make_encoder``."""
-        super().__init__(tokenizer, token_bytes)
+    def __init__(self, tokenizer: Any, token_bytes: TokenBytes, side_by_side: Set[str] | None = None) -> None:
+        """Take a tokenizer apart; see ``Encoder``."""
+        super().__init__(tokenizer, token_bytes, side_by_side)
         self._normalizer = _without_prefix(tokenizer.normalizer)
 
     def _cut_by_force(self, ids: list[int], num_bytes: int) -> tuple[int, int]:

@@ -117,7 +117,7 @@ def _describe(side: Vocabulary) -> dict[str, Any]:
         "ids": token_bytes.size,
         "special": len(token_bytes.special),
         "never_written": int((token_bytes.lengths <= 0).sum()) - len(token_bytes.special),
-        "exact": side.encoder.exact,
+        "exact": side.exact,
         "roles": {role.value: token_bytes.special[i] for role, i in side.special.by_role.items()},
     }
 

@@ -5,8 +5,9 @@ Imports neither torch nor vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import takewhile
 from typing import Any, Literal
 
@@ -25,17 +26,26 @@ class Vocabulary:
 
     Attributes:
         token_bytes: Bytes of every id.
-        encoder: Bytes to ids.
+        build_encoder: Makes the encoder, when it is first used.
+        exact: Whether that spells every text (``Encoder.exact``).
         special: Special tokens by role.
         turns: What the chat template writes around messages (``turns.boundaries``).
         added: Special ids that the tokenizer itself writes before every text.
+        digest: Of all that the vocabulary was read from (but for the rows of the head); ``None`` if that is not known.
     """
 
     token_bytes: TokenBytes
-    encoder: Encoder
+    build_encoder: Callable[[], Encoder]
+    exact: bool
     special: SpecialTokens
     turns: Mapping[str, str] = field(default_factory=dict)
     added: tuple[int, ...] = ()
+    digest: str | None = None
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Bytes to ids."""
+        return self.build_encoder()
 
     @classmethod
     def of(
@@ -45,6 +55,7 @@ class Vocabulary:
         bos_id: int | None = None,
         eos_id: int | None = None,
         render: Render | None = None,
+        digest: str | None = None,
     ) -> Vocabulary:
         """Read a ``tokenizers.Tokenizer``.
 
@@ -54,12 +65,14 @@ class Vocabulary:
             bos_id: The begin-of-text id that the tokenizer's configuration names.
             eos_id: The end-of-text id that it names.
             render: Its chat template, if it has one.
+            digest: Of all that the above come from, if it is known.
         """
         token_bytes = TokenBytes.from_tokenizer(tokenizer, head_size)
         special = SpecialTokens.of(token_bytes, bos_id, eos_id)
         turns = {} if render is None else boundaries(render)
         added = tuple(takewhile(token_bytes.special.__contains__, tokenizer.encode("a").ids))
-        return cls(token_bytes, make_encoder(tokenizer, token_bytes), special, turns, added)
+        encoder = make_encoder(tokenizer, token_bytes)
+        return cls(token_bytes, lambda: encoder, encoder.exact, special, turns, added, digest)
 
     @property
     def separator(self) -> int | None:
@@ -95,7 +108,7 @@ class VocabularyPair:
 
     def __post_init__(self) -> None:
         """Derive what follows from the two sides."""
-        object.__setattr__(self, "exact", self.target.encoder.exact and self.draft.encoder.exact)
+        object.__setattr__(self, "exact", self.target.exact and self.draft.exact)
         draftable = self.draft.token_bytes.lengths > 0
         draftable[list(self.special.to_target)] = True
         object.__setattr__(self, "draftable", draftable)

@@ -25,7 +25,7 @@ from vllm_tokentiming.draft_length import AdaptiveLength, FixedLength
 from vllm_tokentiming.drafting import Proposals
 from vllm_tokentiming.prior import AlignmentPrior
 from vllm_tokentiming.requirements import check_vllm
-from vllm_tokentiming.vocabularies import load_pair
+from vllm_tokentiming.vocabularies import load_pair, startup_cache
 
 if TYPE_CHECKING:
     from vllm_tokentiming.draft.model import DraftModel
@@ -117,6 +117,8 @@ class TokenTimingProposer:
             "byte-exact" if pair.exact else "lossy, warped", integration.describe_special_tokens(pair),
             len(pair.turns.texts),
         )  # fmt: skip
+        # Made here, not in the first request: a kept vocabulary makes its encoder when something is to be encoded.
+        _ = pair.target.encoder, pair.draft.encoder
         target_size = self._vllm_config.model_config.get_vocab_size()
         max_q_bytes = int(self._settings.q_memory_gib * (1 << 30))
         if not compat.verifier_takes_q():
@@ -127,6 +129,7 @@ class TokenTimingProposer:
             max_q_bytes = 0
         writer = Writer(
             pair,
+            startup_cache().transducer(pair, one_to_one=self._settings.strategy == "tli"),
             self._settings.strategy,
             draft_size=model.vocab_size,
             target_size=target_size,

@@ -175,6 +175,7 @@ REQUIRED: tuple[Need, ...] = (
     ),
     # The rest.
     Need("vllm", has=("__version__",)),
+    Need("vllm.envs", has=("VLLM_CACHE_ROOT",)),
     Need("vllm.distributed", "get_tp_group"),
     Need("vllm.distributed.parallel_state", "GroupCoordinator.broadcast_object", takes=("self", "obj", "src")),
     Need("vllm.distributed.parallel_state", "GroupCoordinator", has=("is_first_rank",)),

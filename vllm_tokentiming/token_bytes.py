@@ -13,7 +13,6 @@ Imports neither torch nor vLLM.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -63,7 +62,6 @@ class TokenBytes:
         pieces: ``[size]``; the bytes of an id, ``None`` for special tokens, padding rows and gaps.
         special: Text of each special token, by id.
         lengths: ``[size] int32``; number of bytes, 0 where ``pieces`` is ``None``.
-        fingerprint: Hex digest; equal for two vocabularies only if every id means the same in both.
     """
 
     def __init__(
@@ -85,12 +83,6 @@ class TokenBytes:
             if token_id not in special:
                 self.pieces[token_id] = piece
         self.lengths: npt.NDArray[np.int32] = np.array([len(piece or b"") for piece in self.pieces], dtype=np.int32)
-        digest = hashlib.sha256()
-        for token_id, own in enumerate(self.pieces):
-            text = self.special.get(token_id)
-            meaning = "nothing" if own is None else own.hex()
-            digest.update(f"{meaning if text is None else repr(text)}\n".encode())
-        self.fingerprint = digest.hexdigest()
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, head_size: int = 0) -> TokenBytes:
@@ -156,7 +148,7 @@ def _spell_byte_level(token: str, _prefix: str) -> bytes:
 
 
 def _spell_metaspace(token: str, _prefix: str) -> bytes:
-    if match := _BYTE_TOKEN.fullmatch(token):
+    if token.startswith("<0x") and (match := _BYTE_TOKEN.fullmatch(token)):
         return bytes([int(match[1], 16)])
     return token.replace(METASPACE, " ").encode()
 

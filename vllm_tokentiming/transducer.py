@@ -21,8 +21,12 @@ Deterministic: the same draft tokens always emit the same target tokens. Imports
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -84,26 +88,47 @@ class Transducer:
         lost: ``[l] int64``; the draft tokens that emit nothing and leave nothing: what a lossy target cannot write.
     """
 
-    def __init__(self, pair: VocabularyPair, *, one_to_one: bool = False) -> None:
+    def __init__(
+        self, pair: VocabularyPair, *, one_to_one: bool = False, stored: Mapping[str, npt.NDArray[Any]] | None = None
+    ) -> None:
         """Write down what every draft token emits with nothing pending.
 
         Args:
             pair: The vocabularies.
             one_to_one: Whether only draft tokens that are single target tokens may be drafted (token-level
                 intersection, arXiv 2502.05202).
+            stored: From ``to_arrays`` of a transducer that was made from the same.
+
+        Raises:
+            ValueError: What is stored does not fit the pair.
         """
         self._pair = pair
+        target_bytes, draft_bytes = pair.target.token_bytes, pair.draft.token_bytes
+        # Not by size: one head may have more padding rows than the other.
+        self._same = draft_bytes.special == target_bytes.special and all(
+            i < target_bytes.size and draft_bytes.pieces[i] == target_bytes.pieces[i]
+            for i in np.flatnonzero(pair.draftable).tolist()
+        )
+        self._longer: dict[tuple[int, ...], tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = {}
+        if stored is None:
+            self._write(one_to_one)
+        else:
+            self._read(stored)
+        in_vain = np.flatnonzero(self.draftable & (self.count == 0))
+        waits = np.isin(in_vain, list(self._left_pending))
+        self.waiting: npt.NDArray[np.int64] = in_vain[waits]
+        self.lost: npt.NDArray[np.int64] = in_vain[~waits]
+        self.left_waiting = [self._left_pending[draft_id] for draft_id in self.waiting.tolist()]
+        if stored is None:
+            self._waits = self._spelled() if len(self.waiting) else {}
+
+    def _write(self, one_to_one: bool) -> None:
+        pair, target_bytes, draft_bytes = self._pair, self._pair.target.token_bytes, self._pair.draft.token_bytes
         self.draftable = pair.draftable.copy()
         self.first: npt.NDArray[np.int64] = np.full(len(self.draftable), -1, dtype=np.int64)
         self.count: npt.NDArray[np.int32] = np.zeros(len(self.draftable), dtype=np.int32)
         self._emissions: list[tuple[int, ...]] = [()] * len(self.draftable)
         self._left_pending: dict[int, bytes] = {}  # What an emission with nothing pending leaves, if anything.
-        target_bytes, draft_bytes = pair.target.token_bytes, pair.draft.token_bytes
-        # Not by fingerprint: one head may have more padding rows than the other.
-        self._same = draft_bytes.special == target_bytes.special and all(
-            i < target_bytes.size and draft_bytes.pieces[i] == target_bytes.pieces[i]
-            for i in np.flatnonzero(self.draftable).tolist()
-        )
         for draft_id in np.flatnonzero(self.draftable).tolist():
             target_ids, pending = self.emit(b"", draft_id)
             if one_to_one and (
@@ -119,13 +144,46 @@ class Transducer:
                 self.first[draft_id] = target_ids[0]
             if pending:
                 self._left_pending[draft_id] = pending
-        self._longer: dict[tuple[int, ...], tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = {}
-        in_vain = np.flatnonzero(self.draftable & (self.count == 0))
-        waits = np.isin(in_vain, list(self._left_pending))
-        self.waiting: npt.NDArray[np.int64] = in_vain[waits]
-        self.lost: npt.NDArray[np.int64] = in_vain[~waits]
-        self.left_waiting = [self._left_pending[draft_id] for draft_id in self.waiting.tolist()]
-        self._waits = self._spelled() if len(self.waiting) else {}
+
+    def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """What takes long to work out, to be stored."""
+        pending = {
+            "left": [(draft_id, left.hex()) for draft_id, left in self._left_pending.items()],
+            "waits": [
+                (name.hex(), [group.hex() for group in waits.pending], waits.target_ids.tolist(), waits.groups.tolist())
+                for name, waits in self._waits.items()
+            ],
+        }
+        return {
+            "draftable": self.draftable,
+            "count": self.count,
+            "emitted": np.fromiter(chain.from_iterable(self._emissions), np.int64),
+            "pending": np.frombuffer(json.dumps(pending).encode(), np.uint8),
+        }
+
+    def _read(self, stored: Mapping[str, npt.NDArray[Any]]) -> None:
+        self.draftable, self.count = stored["draftable"], stored["count"]
+        emitted, ends = stored["emitted"], np.cumsum(self.count)
+        size = self._pair.target.token_bytes.size
+        if (
+            not self.draftable.shape == self.count.shape == self._pair.draftable.shape
+            or (self.count < 0).any()
+            or len(emitted) != ends[-1]
+            or not ((emitted >= 0) & (emitted < size)).all()
+        ):
+            raise ValueError("its tables do not fit the pair")
+        starts = ends - self.count
+        self.first = np.where(self.count > 0, emitted[np.minimum(starts, len(emitted) - 1)], -1)
+        ids, bounds = emitted.tolist(), zip(starts.tolist(), ends.tolist(), strict=True)
+        self._emissions = [tuple(ids[start:end]) for start, end in bounds]
+        pending = json.loads(stored["pending"].tobytes())
+        self._left_pending = {draft_id: bytes.fromhex(left) for draft_id, left in pending["left"]}
+        self._waits = {
+            bytes.fromhex(name): Waits(
+                tuple(map(bytes.fromhex, groups)), np.array(target_ids, np.int64), np.array(group_ids, np.int64)
+            )
+            for name, groups, target_ids, group_ids in pending["waits"]
+        }
 
     def emit(self, pending: bytes, draft_id: int) -> tuple[list[int], bytes]:
         """Write one more draft token.

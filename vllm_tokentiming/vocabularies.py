@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import vllm
+from vllm import envs
 from vllm.config import ModelConfig
+from vllm.logger import init_logger
 from vllm.tokenizers import get_tokenizer
 
 from vllm_tokentiming.config import SettingsError, TokenTimingConfig
 from vllm_tokentiming.folders import check_tokenizer, tokenizer_fault
 from vllm_tokentiming.pair import Vocabulary, VocabularyPair
 from vllm_tokentiming.ranks import fast_tokenizer
+from vllm_tokentiming.startup_cache import StartupCache, tokenizer_digest
 from vllm_tokentiming.turns import chat_template
+
+logger = init_logger("vllm.tokentiming")
 
 
 def load_pair(settings: TokenTimingConfig, target: ModelConfig, draft: ModelConfig) -> VocabularyPair:
@@ -43,8 +50,55 @@ def load_pair(settings: TokenTimingConfig, target: ModelConfig, draft: ModelConf
         raise SettingsError(f"tokentiming: {error}; the special tokens are those in its tokenizer.json.") from None
 
 
+def startup_cache() -> StartupCache:
+    """What is kept between starts, in the folder of vLLM's own caches (``VLLM_CACHE_ROOT``)."""
+    return StartupCache(
+        Path(envs.VLLM_CACHE_ROOT) / "tokentiming", lambda what: logger.warning("TokenTiming: %s", what)
+    )
+
+
 def _vocabulary(model: ModelConfig, role: str) -> Vocabulary:
     hint = ' or set "tokenizer"' if role == "draft" else ""
+    head_size = model.get_vocab_size()
+    vocabulary = _kept_or_read(model, role, head_size, hint)
+    if any(vocabulary.token_bytes.pieces[head_size:]):
+        raise SettingsError(
+            f"tokentiming: the {role}'s tokenizer {model.tokenizer!r} has {vocabulary.token_bytes.size} ids, its "
+            f"model only {head_size}; choose the tokenizer that the model was trained with{hint}."
+        )
+    return vocabulary
+
+
+def _kept_or_read(model: ModelConfig, role: str, head_size: int, hint: str) -> Vocabulary:
+    def digest() -> str | None:
+        # What code from a model's own repository reads, its files do not tell.
+        if model.trust_remote_code:
+            return None
+        return tokenizer_digest(
+            model.tokenizer, model.tokenizer_revision, f"vLLM {vllm.__version__} {model.tokenizer_mode}"
+        )
+
+    store = startup_cache()
+    if (before := digest()) is not None and (kept := store.vocabulary(before, head_size)) is not None:
+        return kept
+    tokenizer, backend = _tokenizer(model, role, hint)
+    # A tokenizer from the hub has files only now.
+    name = before or digest()
+    try:
+        vocabulary = Vocabulary.of(
+            backend, head_size, tokenizer.bos_token_id, tokenizer.eos_token_id, chat_template(tokenizer), name
+        )
+    except ValueError as error:
+        raise SettingsError(
+            f"tokentiming cannot use the {role}'s tokenizer {model.tokenizer!r}: {error}{hint}."
+        ) from None
+    if name is not None:
+        store.keep_vocabulary(name, backend, vocabulary, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return vocabulary
+
+
+def _tokenizer(model: ModelConfig, role: str, hint: str) -> tuple[Any, Any]:
+    """The tokenizer as vLLM loads it, and the fast one in it."""
     try:
         check_tokenizer(model.tokenizer)
         tokenizer: Any = get_tokenizer(
@@ -65,18 +119,4 @@ def _vocabulary(model: ModelConfig, role: str) -> Vocabulary:
             f"tokentiming cannot read the {role}'s tokenizer {model.tokenizer!r} ({type(tokenizer).__name__}): it has "
             f"neither a tokenizer.json nor a list as tiktoken's or tekken's; convert it to a fast tokenizer{hint}."
         )
-    head_size = model.get_vocab_size()
-    try:
-        vocabulary = Vocabulary.of(
-            backend, head_size, tokenizer.bos_token_id, tokenizer.eos_token_id, chat_template(tokenizer)
-        )
-    except ValueError as error:
-        raise SettingsError(
-            f"tokentiming cannot use the {role}'s tokenizer {model.tokenizer!r}: {error}{hint}."
-        ) from None
-    if any(vocabulary.token_bytes.pieces[head_size:]):
-        raise SettingsError(
-            f"tokentiming: the {role}'s tokenizer {model.tokenizer!r} has {vocabulary.token_bytes.size} ids, its "
-            f"model only {head_size}; choose the tokenizer that the model was trained with{hint}."
-        )
-    return vocabulary
+    return tokenizer, backend

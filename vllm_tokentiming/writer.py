@@ -103,6 +103,7 @@ class Writer:
     def __init__(
         self,
         pair: VocabularyPair,
+        transducer: Transducer,
         strategy: str,
         *,
         draft_size: int,
@@ -118,6 +119,7 @@ class Writer:
 
         Args:
             pair: The vocabularies.
+            transducer: Of the pair; one to one for ``tli``.
             strategy: Its name.
             draft_size: Columns of the draft's logits.
             target_size: Columns of the target's logits.
@@ -137,7 +139,7 @@ class Writer:
         self._pair = pair
         self._length = length
         self._log_prior = None if log_prior is None else torch.from_numpy(log_prior[:draft_size]).float().to(device)
-        self._transducer = Transducer(pair, one_to_one=strategy == "tli")
+        self._transducer = transducer
         self._transfer = Transfer(self._transducer, draft_size, target_size, device)
         self._count: list[int] = self._transducer.count.tolist()
         self._always_transduce = strategy == "tli"
