@@ -22,7 +22,7 @@ PUBLISHED_DRAFT ?= $(wildcard $(PUBLISHED)/smollm2)
 PUBLISHED_PAIR ?= Gemma 3 270M <- SmolLM2-135M-Instruct
 PUBLISHED_ARGS = --target "$(PUBLISHED_TARGET)" --draft "$(PUBLISHED_DRAFT)" --pair "$(PUBLISHED_PAIR)"
 MEASURED = kernels overhead acceptance greedy repeatability speed draft_step \
-	$(if $(PUBLISHED_TARGET),acceptance_published repeatability_published)
+	$(if $(PUBLISHED_TARGET),acceptance_published repeatability_published startup)
 # Longer ones, which are asked for by name: make results-soak.
 LONG = speed_published serving scaling exactness pairs soak soak_pressure
 
@@ -77,8 +77,9 @@ results-acceptance:
 	$(BENCH)/acceptance.py
 
 results-acceptance_published:
-	$(BENCH)/acceptance.py $(PUBLISHED_ARGS) --name acceptance_published --num-prompts 24 --group 4 --tokens 32 \
-		--temperatures 0 0.8 --dtype float32  # Six times as fast on a processor without instructions for bfloat16.
+	$(BENCH)/acceptance.py $(PUBLISHED_ARGS) --name acceptance_published --num-prompts 12 --group 4 --tokens 32 \
+		--workloads heldout/english_stories heldout/python heldout/english_gsm8k heldout/russian_tinystories \
+		heldout/multilingual_udhr --dtype float32  # Six times as fast without instructions for bfloat16.
 
 results-greedy:  # In float32, where greedy output has to be plain decoding's.
 	$(BENCH)/acceptance.py --dtype float32 --temperatures 0 --num-prompts 64 --name greedy \
@@ -88,7 +89,10 @@ results-repeatability:
 	$(BENCH)/repeatability.py
 
 results-repeatability_published:
-	$(BENCH)/repeatability.py $(PUBLISHED_ARGS) --name repeatability_published --num-prompts 24 --tokens 32
+	$(BENCH)/repeatability.py $(PUBLISHED_ARGS) --name repeatability_published --num-prompts 8 --tokens 16
+
+results-startup:
+	$(BENCH)/startup.py $(PUBLISHED_ARGS)
 
 results-speed:
 	$(BENCH)/suite.py --grid short --fresh

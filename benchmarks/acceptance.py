@@ -54,18 +54,19 @@ def measure(options: argparse.Namespace, cases: list[dict[str, Any]]) -> tuple[d
 
 def reduced(results: dict[str, Any]) -> list[dict[str, Any]]:
     """What the report needs: for each method and temperature the tokens and passes of each group."""
-    plain = {row["temperature"]: row for row in results.get(PLAIN, {"rows": []})["rows"]}
+    plain = {row["workload"]: row for row in results.get(PLAIN, {"rows": []})["rows"] if row["temperature"] == 0}
     entries = []
     for method, result in results.items():
         for row in result["rows"]:
             entry = {
                 "method": method,
                 "temperature": row["temperature"],
+                "workload": row["workload"],
                 **{name: [group[name] for group in row["groups"]] for name in ("tokens", "passes")},
             }
-            if row["temperature"] == 0 and 0 in plain and method != PLAIN:
+            if row["temperature"] == 0 and row["workload"] in plain and method != PLAIN:
                 written, expected = (
-                    [ids for group in r["groups"] for ids in group["target_ids"]] for r in (row, plain[0])
+                    [ids for group in r["groups"] for ids in group["target_ids"]] for r in (row, plain[row["workload"]])
                 )
                 entry.update(outputs=len(written), different=different(written, expected))
             entries.append(entry)
@@ -78,8 +79,8 @@ def main() -> None:
     parser.add_argument("--target", type=Path, default=ROOT / "examples/models/target")
     parser.add_argument("--draft", type=Path, default=ROOT / "examples/models/draft")
     parser.add_argument("--pair", default="the embedded pair", help="what the report calls the two models")
-    parser.add_argument("--workload", default="heldout", help="see workloads.py")
-    parser.add_argument("--num-prompts", type=int, default=208)
+    parser.add_argument("--workloads", nargs="+", default=["heldout"], help="kinds of text, see workloads.py")
+    parser.add_argument("--num-prompts", type=int, default=208, help="of each kind")
     parser.add_argument("--characters", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--group", type=int, default=8, help="prompts in a batch, and in an observation")
@@ -91,12 +92,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DATA, help="folder of the data file")
     add_options(parser)
     options = parser.parse_args()
-    loaded = workloads.load(options.workload, options.num_prompts, options.characters)
-    prompts = loaded["prompts"]
-    if len(prompts) < options.num_prompts or len(prompts) % options.group:
-        parser.error(f"{options.workload} has {len(prompts)} prompts; --num-prompts must be no more, in whole groups.")
-    case = {"workload": options.workload, "concurrency": options.group, "prompts": prompts}
-    results, failed = measure(options, [case])
+    cases, digests = [], {}
+    for workload in options.workloads:
+        loaded = workloads.load(workload, options.num_prompts, options.characters)
+        prompts, digests[workload] = loaded["prompts"], loaded["sha256"]["prompts"]
+        if len(prompts) < options.num_prompts or len(prompts) % options.group:
+            parser.error(f"{workload} has {len(prompts)} prompts; --num-prompts must be no more, in whole groups.")
+        cases.append({"workload": workload, "concurrency": options.group, "prompts": prompts})
+    results, failed = measure(options, cases)
     rows = reduced(results)
     content = {
         "provenance": provenance(),
@@ -105,9 +108,9 @@ def main() -> None:
         "pair": options.pair,
         "settings": {
             name: getattr(options, name)
-            for name in ("workload", "num_prompts", "characters", "tokens", "group", "proposals", "seed")
+            for name in ("workloads", "num_prompts", "characters", "tokens", "group", "proposals", "seed")
         },
-        "prompts_sha256": loaded["sha256"]["prompts"],
+        "prompts_sha256": digests,
         "failed": failed,
         "rows": rows,
     }

@@ -62,7 +62,11 @@ def start(target: str, speculative: Mapping[str, Any] | None, engine: Mapping[st
     """
     from vllm import LLM
 
-    return LLM(target, seed=seed, speculative_config=speculative, **{**FIXED, **engine})
+    fixed = dict(FIXED)
+    if speculative and speculative.get("use_heterogeneous_vocab"):
+        # With a target that has sliding windows, vLLM's TLI starts in no other way.
+        fixed["disable_hybrid_kv_cache_manager"] = True
+    return LLM(target, seed=seed, speculative_config=speculative, **{**fixed, **engine})
 
 
 def conditions(llm: Any) -> dict[str, Any]:

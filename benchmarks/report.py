@@ -38,6 +38,7 @@ REPORTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 # After the speeds.
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "accelerator": ("On an accelerator", tables.accelerator),
+    "startup": ("What our part of a start takes", tables.startup),
     "serving": ("Under a serving load", tables.serving),
     "draft_step": ("A draft step beside vLLM's", tables.draft_step),
     "overhead": ("What the plugin costs the host, without models", tables.overhead),
@@ -112,7 +113,8 @@ def readme_part(data: Data) -> str:
             found = data[name]
             settings = found["settings"]
             lines.append(
-                f"Tokens per target pass, {found['pair']}: {settings['num_prompts']} held-out prompts, "
+                f"Tokens per target pass, {found['pair']}: "
+                f"{settings['num_prompts'] * len(settings['workloads'])} held-out prompts, "
                 f"{settings['tokens']} tokens each, always {settings['proposals']} proposals, all methods in one run, "
                 f"95 % intervals.\n\n{tables.Accepted(found).table()}{origin(found)}"
             )

@@ -17,28 +17,36 @@ class Accepted:
 
     def __init__(self, found: Data) -> None:
         """Take the file's content."""
-        self._rows = {(row["method"], row["temperature"]): row for row in found["rows"]}
+        self._rows = found["rows"]
+        self.workloads = list(dict.fromkeys(row["workload"] for row in found["rows"]))
         self.methods = list(dict.fromkeys(row["method"] for row in found["rows"]))
         self.temperatures = sorted({row["temperature"] for row in found["rows"]})
 
-    def _column(self, method: str, temperature: float, name: str) -> npt.NDArray[np.float64]:
-        return np.array([self._rows[method, temperature][name]], dtype=float)
+    def _of(self, method: str, temperature: float, workload: str | None = None) -> list[dict[str, Any]]:
+        return [
+            row
+            for row in self._rows
+            if (row["method"], row["temperature"]) == (method, temperature) and workload in (None, row["workload"])
+        ]
 
-    def tokens_per_pass(self, method: str, temperature: float) -> Estimate:
-        """Tokens over passes."""
-        return ratio_of_sums(*(self._column(method, temperature, name) for name in ("tokens", "passes")))
+    def _column(self, method: str, temperature: float, name: str, workload: str | None) -> npt.NDArray[np.float64]:
+        groups = [group for row in self._of(method, temperature, workload) for group in row[name]]
+        return np.array([groups], dtype=float)
 
-    def times(self, method: str, other: str, temperature: float) -> Estimate:
+    def tokens_per_pass(self, method: str, temperature: float, workload: str | None = None) -> Estimate:
+        """Tokens over passes; of all kinds of text, unless one is named."""
+        return ratio_of_sums(*(self._column(method, temperature, name, workload) for name in ("tokens", "passes")))
+
+    def times(self, method: str, other: str, temperature: float, workload: str | None = None) -> Estimate:
         """How many times as many tokens a pass a method has as another one, the same prompts side by side."""
         # All write equally many tokens, so fewer passes are more tokens in one.
-        return ratio_of_sums(*(self._column(name, temperature, "passes") for name in (other, method)))
+        return ratio_of_sums(*(self._column(name, temperature, "passes", workload) for name in (other, method)))
 
     def greedy(self, method: str) -> str:
         """How many greedy outputs were plain decoding's."""
-        row = self._rows.get((method, 0.0), {})
-        if "different" not in row:
-            return ""
-        return f"{row['outputs'] - row['different']} of {row['outputs']}"
+        rows = [row for row in self._of(method, 0.0) if "different" in row]
+        outputs, different = (sum(row[name] for row in rows) for name in ("outputs", "different"))
+        return f"{outputs - different} of {outputs}" if rows else ""
 
     def table(self) -> str:
         """Tokens per pass by method and temperature."""
@@ -50,13 +58,20 @@ class Accepted:
         ]
         return table(head, rows)
 
+    def by_workload(self, temperature: float) -> str:
+        """Tokens per pass by kind of text and method."""
+        methods = [method for method in self.methods if method != PLAIN]
+        rows = [(w, *(self.tokens_per_pass(m, temperature, w) for m in methods)) for w in self.workloads]
+        return table((f"T = {temperature:g}", *methods), rows)
+
 
 def acceptance(found: Data) -> str:
     """Of `acceptance.py`: tokens per target pass by temperature."""
     accepted, settings, dtype = Accepted(found), found["settings"], dtype_of(found)
     rounding = ", in which a pass of several tokens may round two nearly equal logits otherwise than a pass of one"
     text = (
-        f"{settings['num_prompts']} prompts ({settings['workload']}), {settings['tokens']} tokens each, "
+        f"{settings['num_prompts']} prompts of each kind ({', '.join(settings['workloads'])}), {settings['tokens']} "
+        f"tokens each, "
         f"{settings['group']} in a batch, always {settings['proposals']} proposals, 95 % intervals. "
         f"*Greedy outputs kept*: those that are plain decoding's, token by token, in {dtype}"
         f"{rounding * (dtype != 'float32')}.\n\n" + accepted.table()
@@ -67,6 +82,8 @@ def acceptance(found: Data) -> str:
         text += f"\nHow many times as many `{OURS}` has, the same prompts side by side:\n\n" + table(
             ("than", *(f"T = {t:g}" for t in accepted.temperatures)), rows
         )
+    if len(accepted.workloads) > 1:
+        text += "\nBy kind of text:\n\n" + "\n".join(accepted.by_workload(t) for t in accepted.temperatures)
     return text + origin(found)
 
 
@@ -77,7 +94,7 @@ def greedy(found: Data) -> str:
     return (
         f"{outputs - different:,} of {outputs:,} greedy outputs of {found['settings']['tokens']} tokens are plain "
         "decoding's, token by token.\n\n"
-        + table(("method", "same"), [(r["method"], f"{r['outputs'] - r['different']} of {r['outputs']}") for r in rows])
+        + table(("method", "same"), [(m, Accepted(found).greedy(m)) for m in dict.fromkeys(r["method"] for r in rows)])
         + origin(found)
     )
 
@@ -212,6 +229,29 @@ def overhead(found: Data) -> str:
     return (
         f"Microseconds a step for {whose}: medians with quartiles.\n\n"
         + table(("pair", "mode", *phases), lines)
+        + origin(found)
+    )
+
+
+def startup(found: Data) -> str:
+    """Of `startup.py`: what our part of a start takes, by part."""
+    measured = [row for row in found["rows"] if "part" in row]
+    kept = statistics.median(row["kept_bytes"] for row in found["rows"] if "kept_bytes" in row)
+    rows = []
+    for way, process, start in dict.fromkeys((row["way"], row["process"], row["start"]) for row in measured):
+        parts: dict[str, list[float]] = {}
+        for row in measured:
+            if (row["way"], row["process"], row["start"]) == (way, process, start):
+                parts.setdefault(row["part"], []).append(row["processor"])
+        totals = [sum(seconds) for seconds in zip(*parts.values(), strict=True)]
+        medians = ", ".join(f"{name} {statistics.median(seconds):.1f}" for name, seconds in parts.items())
+        middle = f"{statistics.median(totals):.1f} ({min(totals):.1f} to {max(totals):.1f})"
+        rows.append((f"{way}, {process}, {start}", middle, medians))
+    return (
+        f"{found['pair']}, seconds of processor time, median and range of {len(totals)} starts: *cold* is the first "
+        "start of a pair, *warm* any other. Loading the tokenizers through vLLM is part of the vocabularies. "
+        f"{kept / 1e6:.0f} MB are kept between starts.\n\n"
+        + table(("process", "in all", "by part"), rows)
         + origin(found)
     )
 

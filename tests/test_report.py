@@ -69,13 +69,18 @@ def speed(*arguments):
     return {**about, **reduced(cells(*arguments))}
 
 
-def accepted():
+def accepted(*workloads):
+    workloads = workloads or ("heldout",)
     rows = [
-        {"method": method, "temperature": t, "tokens": [40, 40], "passes": passes, "outputs": 4, "different": 1}
+        {
+            "method": method, "temperature": t, "workload": workload,
+            "tokens": [40, 40], "passes": passes, "outputs": 4, "different": 1,
+        }
         for t in (0.0, 0.8)
+        for workload in workloads
         for method, passes in (("slem", [40, 30]), ("tokentiming", [20, 15]))
-    ]
-    settings = {"workload": "heldout", "num_prompts": 4, "tokens": 11, "group": 2, "proposals": 5}
+    ]  # fmt: skip
+    settings = {"workloads": list(workloads), "num_prompts": 4, "tokens": 11, "group": 2, "proposals": 5}
     about = {"provenance": MADE, "conditions": {"slem": CONDITION}, "pair": "a pair", "settings": settings}
     return {**about, "rows": rows}
 
@@ -297,3 +302,33 @@ def test_the_main_case_is_the_one_most_was_measured_in():
     suite = Suite(speed())
     assert (suite.ratio, suite.concurrency) == (20, 1)
     assert suite.in_main == suite.main == suite.pooled
+
+
+def test_tokens_per_pass_are_told_by_kind_of_text():
+    found = accepted("prose", "code")
+    for row in found["rows"]:
+        if row["workload"] == "code" and row["method"] == "slem":
+            row["passes"] = [10, 10]
+    text = report.tables.acceptance(found)
+    assert "| slem | 1.78 [" in text.replace("`", ""), "all kinds together: 160 tokens in 90 passes"
+    prose, code = (
+        next(line for line in text.splitlines() if line.startswith(f"| {kind}")) for kind in ("prose", "code")
+    )
+    assert "1.14 [" in prose and "4.00 [" in code
+
+
+def test_the_parts_of_a_start_are_added_up():
+    def row(start, part, seconds, repetition):
+        about = {"way": "as named", "start": start, "process": "worker", "repetition": repetition, "part": part}
+        return {**about, "processor": seconds, "passed": seconds}
+
+    rows = [
+        row("cold", part, seconds + n, n) for n in (0, 1, 2) for part, seconds in (("encoders", 1), ("transducer", 2))
+    ]
+    rows += [row("warm", "encoders", 0.5, 0), {"way": "as named", "repetition": 0, "kept_bytes": 3_000_000}]
+    text = report.tables.startup({"provenance": MADE, "pair": "a pair", "rows": rows})
+    cold = next(line for line in text.splitlines() if "worker" in line and "cold" in line)
+    warm = next(line for line in text.splitlines() if "worker" in line and "warm" in line)
+    assert "5.0 (3.0 to 7.0)" in cold and "encoders 2.0, transducer 3.0" in cold
+    assert "0.5 (0.5 to 0.5)" in warm
+    assert "3 MB" in text
