@@ -1,5 +1,7 @@
 """Special tokens cross between vocabularies by the user's word, by role, or by text; never by accident."""
 
+from dataclasses import replace
+
 import pytest
 from conftest import load_pair, load_tokenizer, load_vocabulary
 from tokenizers import Tokenizer
@@ -152,7 +154,8 @@ def test_a_draft_may_not_write_padding_rows_nor_gaps():
     target = load_vocabulary("embedded_target")
     pieces = {0: b"a", 2: b"b", 3: b""}
     token_bytes = TokenBytes(pieces, {4: "<unk>", 5: "<s>", 6: "</s>"}, VocabularyKind.PLAIN, 12)
-    draft = type(target)(token_bytes, target.encoder, SpecialTokens.of(token_bytes, None, None))
+    special = SpecialTokens.of(token_bytes, None, None)
+    draft = replace(target, token_bytes=token_bytes, special=special)
     draftable = VocabularyPair.of(target, draft).draftable
     assert draftable.tolist() == [i in (0, 2, 6) for i in range(12)]
 
