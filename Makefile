@@ -124,7 +124,7 @@ results-soak_pressure:  # With too few blocks, in float32.
 
 clean:  # What was built; the installed environment stays.
 	rm -rf build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache $(READY)
-	rm -f csrc/*.c csrc/*.cpp csrc/*.html vllm_tokentiming/*.so
+	rm -f csrc/*.c csrc/*.cpp csrc/*.html vllm_tokentiming/align/*.so
 
 distclean: clean
 	rm -rf .venv

@@ -12,7 +12,7 @@ checks = os.environ.get("TOKENTIMING_BOUNDS_CHECKS", "0") == "1"
 
 setup(
     ext_modules=cythonize(
-        [Extension("vllm_tokentiming._dtw", ["csrc/dtw.pyx"], extra_compile_args=["-O3"])],
+        [Extension("vllm_tokentiming.align._dtw", ["csrc/dtw.pyx"], extra_compile_args=["-O3"])],
         language_level=3,
         force=True,  # The switch above changes the generated code, not the source.
         compiler_directives={"boundscheck": checks, "wraparound": False, "cdivision": True, "initializedcheck": checks},

@@ -64,7 +64,7 @@ def _spoilt_stages(_writer: Any, transfer: Any) -> tuple[Any, str, Any]:
 
 
 def _failing_stages(_writer: Any, _transfer: Any) -> tuple[Any, str, Any]:
-    from vllm_tokentiming import integration
+    from vllm_tokentiming.vllm import integration
 
     original, calls = integration.verify_stages, itertools.count()
 
@@ -91,7 +91,8 @@ def spoilt(key: str) -> Iterator[None]:
     if not key:
         yield
         return
-    from vllm_tokentiming import transfer, writer
+    from vllm_tokentiming.transfer import proposals as writer
+    from vllm_tokentiming.transfer import pushforward as transfer
 
     with replaced(*SPOILERS[key](writer, transfer)):
         yield
@@ -100,7 +101,7 @@ def spoilt(key: str) -> Iterator[None]:
 @contextlib.contextmanager
 def rows_counted() -> Iterator[Counter[str]]:
     """Count the rows of `q` and the stages that each path computes."""
-    from vllm_tokentiming.transfer import Transfer
+    from vllm_tokentiming.transfer.pushforward import Transfer
 
     counts: Counter[str] = Counter()
 

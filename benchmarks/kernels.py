@@ -34,8 +34,8 @@ import numpy as np
 from provenance import DATA, provenance, write_data
 from tokenizers import Tokenizer
 
-from vllm_tokentiming.alignment import LocalCost, span_blocks_of_pieces, warp, warp_blocks
-from vllm_tokentiming.pair import Vocabulary
+from vllm_tokentiming.align.dtw import LocalCost, span_blocks_of_pieces, warp, warp_blocks
+from vllm_tokentiming.vocab.pair import Vocabulary
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import reference_alignment as reference

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from workloads import data_folder
 
 from vllm_tokentiming.inspection import block_shares
-from vllm_tokentiming.pair import Vocabulary, VocabularyPair
+from vllm_tokentiming.vocab.pair import Vocabulary, VocabularyPair
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from train_pair import SEPARATOR, bits_per_byte, read_documents

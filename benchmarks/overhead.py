@@ -38,13 +38,18 @@ import numpy as np
 import torch
 from provenance import DATA, provenance, write_data
 from tokenizers import Tokenizer
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
-from vllm_tokentiming import context, drafting, transducer, transfer, writer
+from vllm_tokentiming import context
+from vllm_tokentiming import drafter as drafting
+from vllm_tokentiming.align import transducer
+from vllm_tokentiming.align.transducer import Transducer
 from vllm_tokentiming.draft.kv_pool import KVPool
+from vllm_tokentiming.draft.length import FixedLength
 from vllm_tokentiming.draft.sampling import DraftSampling
-from vllm_tokentiming.draft_length import FixedLength
-from vllm_tokentiming.pair import Vocabulary, VocabularyPair
-from vllm_tokentiming.transducer import Transducer
+from vllm_tokentiming.transfer import proposals as writer
+from vllm_tokentiming.transfer import pushforward as transfer
+from vllm_tokentiming.vocab.pair import Vocabulary, VocabularyPair
 
 PAIRS = ["llama3/qwen2.5", "qwen2.5/llama3", "qwen2.5/llama2", "llama2/gpt2", "qwen2.5/t5_small"]
 TEXTS = {
@@ -274,7 +279,14 @@ def simulations(data: Path, names: str, steps: int, batch: int) -> Iterator[tupl
     sizes = {"draft_size": pair.draft.token_bytes.size, "target_size": pair.target.token_bytes.size}
     limits = {"num_proposals": NUM_PROPOSALS, "max_draft_tokens": MAX_DRAFT_TOKENS, "max_q_bytes": 1 << 30}
     shared = writer.Writer(
-        pair, Transducer(pair), "tokentiming", length=FixedLength(), **sizes, **limits, device=torch.device("cpu")
+        pair,
+        Transducer(pair),
+        "tokentiming",
+        length=FixedLength(),
+        truncate=apply_top_k_top_p,
+        **sizes,
+        **limits,
+        device=torch.device("cpu"),
     )
     for (kind, corpora), length, sampled in itertools.product(TEXTS.items(), LENGTHS, (False, True)):
         text = text_of(data, corpora, 6 * (length + 6 * steps) + 2000)

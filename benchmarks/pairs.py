@@ -21,10 +21,10 @@ from provenance import DATA, provenance, write_data
 from rapidfuzz.distance import Levenshtein
 from tokenizers import Tokenizer
 
+from vllm_tokentiming.align.retokenize import retokenize
 from vllm_tokentiming.context import DraftContext, Drafted
 from vllm_tokentiming.inspection import block_shares
-from vllm_tokentiming.pair import Vocabulary, VocabularyPair
-from vllm_tokentiming.retokenize import retokenize
+from vllm_tokentiming.vocab.pair import Vocabulary, VocabularyPair
 
 CODE = Path(__file__)  # A text in a language of its own.
 SAME_LANGUAGE = {"arb": "ara", "cmn_hans": "cmn"}

@@ -39,7 +39,7 @@ def compare_acceptance(pair: Pair, number: int, seed: int) -> dict[str, Any]:
         Shares of the requests that accepted at least 1, 2, ... proposals, and the differences in standard
         errors.
     """
-    from vllm_tokentiming import compat
+    from vllm_tokentiming.vllm import compat
 
     compat.repair_cpu_rejection_sampler()
     compat.repair_top_k_without_drafts()

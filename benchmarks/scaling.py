@@ -20,11 +20,12 @@ from overhead import HOST, MODELS, NUM_PROPOSALS, TEXTS, Simulation, quartiles, 
 from provenance import DATA, provenance, write_data
 from report_parts import table
 from tokenizers import Tokenizer
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
-from vllm_tokentiming.draft_length import FixedLength
-from vllm_tokentiming.pair import Vocabulary, VocabularyPair
-from vllm_tokentiming.transducer import Transducer
-from vllm_tokentiming.writer import Writer
+from vllm_tokentiming.align.transducer import Transducer
+from vllm_tokentiming.draft.length import FixedLength
+from vllm_tokentiming.transfer.proposals import Writer
+from vllm_tokentiming.vocab.pair import Vocabulary, VocabularyPair
 
 BASE = {"requests": 1, "context": 1024, "proposals": NUM_PROPOSALS, "vocabulary": 1 << 17}
 AXES = {
@@ -58,6 +59,7 @@ def simulation(pair: VocabularyPair, point: dict[str, int], text: bytes, sampled
     writer = Writer(
         pair, Transducer(pair), "tokentiming", draft_size=size, target_size=size, num_proposals=proposals,
         max_draft_tokens=2 * proposals, device=torch.device("cpu"), max_q_bytes=1 << 32, length=FixedLength(),
+        truncate=apply_top_k_top_p,
     )  # fmt: skip
     return Simulation(pair, writer, text[begin:], context, sampled, point["requests"], proposals)
 

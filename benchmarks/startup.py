@@ -27,7 +27,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     from vllm.config import ModelConfig
 
     from vllm_tokentiming.config import TokenTimingConfig
-    from vllm_tokentiming.vocabularies import load_pair, startup_cache
+    from vllm_tokentiming.vllm.vocabulary_loader import load_pair, startup_cache
 
     target, draft = ModelConfig(model=job["target"]), ModelConfig(model=job["draft"])
     parts: dict[str, list[float]] = {}

@@ -10,7 +10,7 @@ import torch
 from phases import Taken, time_runner
 from vllm.platforms import current_platform
 
-from vllm_tokentiming import compat
+from vllm_tokentiming.vllm import compat
 
 if current_platform.is_cpu():
     compat.repair_cpu_rejection_sampler()

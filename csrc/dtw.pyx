@@ -1,4 +1,4 @@
-"""Compiled kernels of :mod:`vllm_tokentiming.alignment`, which documents and checks what goes in here.
+"""Compiled kernels of :mod:`vllm_tokentiming.align.dtw`, which documents and checks what goes in here.
 
 **Integers only.** Both local costs are 64-bit integers inside: an overlap is a number of bytes, and a
 normalised edit distance is held in units of ``1 / SCALE``. The scale is a multiple of every number up to
@@ -42,7 +42,7 @@ cdef object _int64 = np.dtype(np.int64)
 
 
 def warp(draft_pieces, target_pieces, Py_ssize_t window, bint overlap, bint with_path=True):
-    """Find the cheapest warping path of the band; see :func:`vllm_tokentiming.alignment.warp`.
+    """Find the cheapest warping path of the band; see :func:`vllm_tokentiming.align.dtw.warp`.
 
     Args:
         draft_pieces: n `bytes`.
@@ -376,7 +376,7 @@ cdef int _trace_path(
 
 
 def span_blocks(const int32_t[::1] draft_lengths, const int32_t[::1] target_lengths):
-    """Scan for common boundaries; see :func:`vllm_tokentiming.alignment.span_blocks`.
+    """Scan for common boundaries; see :func:`vllm_tokentiming.align.dtw.span_blocks`.
 
     Args:
         draft_lengths: int32 [n], bytes of each draft token.
@@ -394,7 +394,7 @@ def span_blocks(const int32_t[::1] draft_lengths, const int32_t[::1] target_leng
 
 
 def span_blocks_of_pieces(draft_pieces, target_pieces):
-    """Scan for common boundaries of byte strings; see :func:`vllm_tokentiming.alignment.span_blocks_of_pieces`.
+    """Scan for common boundaries of byte strings; see :func:`vllm_tokentiming.align.dtw.span_blocks_of_pieces`.
 
     Args:
         draft_pieces: n `bytes`.

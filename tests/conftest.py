@@ -19,8 +19,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from vllm_tokentiming.pair import Vocabulary, VocabularyPair
-from vllm_tokentiming.token_bytes import TokenBytes
+from vllm_tokentiming.vocab.pair import Vocabulary, VocabularyPair
+from vllm_tokentiming.vocab.token_bytes import TokenBytes
 
 MODELS = Path(__file__).resolve().parent.parent / "examples" / "models"
 EMBEDDED = ("embedded_target", "embedded_draft")

@@ -34,8 +34,8 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_KVCACHE_SPACE": "1",
-    # What vLLM 0.32 keeps of a compilation it cannot load again on a CPU ("has no attribute 'finalize_loading'"), and then
-    # it compiles anew. Without that, torch's own cache serves all engines that compile the same model.
+    # What vLLM 0.32 keeps of a compilation it cannot load again on a CPU ("has no attribute 'finalize_loading'"), and
+    # then it compiles anew. Without that, torch's own cache serves all engines that compile the same model.
     "VLLM_USE_AOT_COMPILE": "0",
     # Keeps the model runner in the process of the test.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

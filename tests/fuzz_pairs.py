@@ -19,9 +19,9 @@ from pathlib import Path
 from conftest import EXACT, LOSSY, load_pair, need, spellable
 from test_context import CODE, EMOJI, follow
 
-from vllm_tokentiming.pair import VocabularyPair
-from vllm_tokentiming.retokenize import retokenize
-from vllm_tokentiming.transducer import Transducer
+from vllm_tokentiming.align.retokenize import retokenize
+from vllm_tokentiming.align.transducer import Transducer
+from vllm_tokentiming.vocab.pair import VocabularyPair
 
 ALPHABETS = {
     "combining marks": ["e", "a", " ", *map(chr, range(0x300, 0x340)), "ה", "ּ", "ं", "क", "्"],

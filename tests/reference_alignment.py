@@ -1,4 +1,4 @@
-"""Intentionally simple oracles for `vllm_tokentiming.alignment`: plain recursion, exact fractions, sets.
+"""Intentionally simple oracles for `vllm_tokentiming.align.dtw`: plain recursion, exact fractions, sets.
 
 They say what the kernels must compute, and nothing about how: whole matrices, no band but a condition on
 the cell, every byte of a span listed. A block or a path is a list of tuples here.

@@ -9,13 +9,13 @@ import pytest
 import torch
 from accelerator import DEVICE, Accelerator, fetch
 
-pytest.importorskip("vllm")
-
+from vllm_tokentiming.align.transducer import Transducer
+from vllm_tokentiming.draft.length import Chain, FixedLength, History
 from vllm_tokentiming.draft.sampling import DraftSampling
-from vllm_tokentiming.draft_length import Chain, FixedLength, History
-from vllm_tokentiming.staging import verify_stages
-from vllm_tokentiming.transducer import Transducer
-from vllm_tokentiming.writer import Draft, Writer
+from vllm_tokentiming.transfer.proposals import Draft, Writer
+from vllm_tokentiming.verify import verify_stages
+
+sampler = pytest.importorskip("vllm.v1.sample.ops.topk_topp_sampler")  # Whose waits are counted, too.
 
 PASSES, PROPOSALS = 4, 3
 KINDS = {
@@ -44,6 +44,7 @@ def write(pair, strategy, kinds, device, pieces=False, accelerator=None):
         pair, Transducer(pair, one_to_one=strategy == "tli"), strategy,
         draft_size=pair.draft.token_bytes.size, target_size=pair.target.token_bytes.size,
         num_proposals=PROPOSALS, max_draft_tokens=PASSES, device=device, max_q_bytes=1 << 30, length=FixedLength(),
+        truncate=sampler.apply_top_k_top_p,
     )  # fmt: skip
     drafts = [Draft(i, Chain(History(), PROPOSALS), kind, 7, pieces=pieces) for i, kind in enumerate(kinds)]
     writer.begin(drafts)

@@ -13,8 +13,8 @@ from conftest import examples
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from vllm_tokentiming import alignment
-from vllm_tokentiming.alignment import LocalCost, Warp, span_blocks, span_blocks_of_pieces, warp, warp_blocks
+from vllm_tokentiming.align import dtw as alignment
+from vllm_tokentiming.align.dtw import LocalCost, Warp, span_blocks, span_blocks_of_pieces, warp, warp_blocks
 
 # "!" and "a" are 64 apart: the kernel's quick test for "no byte in common" cannot tell them from each other.
 LETTERS = [b" ", b"a", b"b", b"!"]
@@ -402,7 +402,7 @@ def assert_refuses_bad_lengths(call):
 
 
 def test_without_the_compiled_kernels_the_import_says_what_to_run(monkeypatch):
-    monkeypatch.setitem(sys.modules, "vllm_tokentiming._dtw", None)
+    monkeypatch.setitem(sys.modules, "vllm_tokentiming.align._dtw", None)
     spec = importlib.util.spec_from_file_location("alignment_without_kernels", alignment.__file__)
     with pytest.raises(ImportError, match=r"were not built .* `pip install \.` .* C compiler"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))

@@ -13,7 +13,7 @@ import tempfile
 import engine
 import pytest
 
-from vllm_tokentiming import compat
+from vllm_tokentiming.vllm import compat
 
 COUNTS = ([1, 2, 3], [0, 5, 1], [4, 0, 0], [0, 0, 2], [1, 1, 1])
 
@@ -91,7 +91,7 @@ def try_everything() -> dict:
     from vllm.v1.sample.ops import topk_topp_sampler
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from vllm_tokentiming import integration, plugin
+    from vllm_tokentiming.vllm import integration, plugin
 
     def functions() -> list:
         return [

@@ -19,9 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from vllm_tokentiming.align.retokenize import retokenize
 from vllm_tokentiming.context import DraftContext, Drafted
-from vllm_tokentiming.pair import Vocabulary, VocabularyPair
-from vllm_tokentiming.retokenize import retokenize
+from vllm_tokentiming.vocab.pair import Vocabulary, VocabularyPair
 
 CODE = '''\
 def merge(self, *others: "Counts", depth=0) -> dict[str, int]:

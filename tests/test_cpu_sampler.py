@@ -228,7 +228,7 @@ def try_everything() -> dict:
     current_platform.register_triton_kernel_overrides()
     from vllm.v1.sample import rejection_sampler
 
-    from vllm_tokentiming import compat
+    from vllm_tokentiming.vllm import compat
 
     compat.repair_cpu_rejection_sampler()
     compat.repair_top_k_without_drafts()

@@ -15,8 +15,8 @@ from conftest import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_tokentiming.costs import CostTable
-from vllm_tokentiming.draft_length import AdaptiveLength, Chain, FixedLength, History
+from vllm_tokentiming.draft.cost_table import CostTable
+from vllm_tokentiming.draft.length import AdaptiveLength, Chain, FixedLength, History
 
 MOST = 8
 LENGTH_OF_REQUEST = 64

@@ -21,8 +21,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from vllm_tokentiming.encoder import Encoder, LossyEncoder, make_encoder
-from vllm_tokentiming.token_bytes import TokenBytes, VocabularyKind, byte_alphabet
+from vllm_tokentiming.vocab.encoder import Encoder, LossyEncoder, make_encoder
+from vllm_tokentiming.vocab.token_bytes import TokenBytes, VocabularyKind, byte_alphabet
 
 MAX_TAIL = 1024  # Bytes that may be encoded again for ever, at most.
 ADDS_A_SPACE = ("llama2",)  # Its normaliser puts a `▁` before every text.
@@ -437,7 +437,7 @@ def test_a_lossy_vocabulary_that_has_spaces_keeps_them():
 
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_the_cache_of_pieces_is_emptied_before_it_grows_too_large(name, monkeypatch):
-    monkeypatch.setattr("vllm_tokentiming.encoder._MAX_CACHED_PIECES", 5)
+    monkeypatch.setattr("vllm_tokentiming.vocab.encoder._MAX_CACHED_PIECES", 5)
     encoder = make_encoder(load_tokenizer(name), load_vocabulary(name).token_bytes)
     data = " ".join(f"word{i} and another" for i in range(50)).encode()
     assert encoder.encode(data) == encoder_of(name).encode(data)

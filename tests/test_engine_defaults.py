@@ -57,7 +57,7 @@ def logits_of_passes() -> dict:
     """In a fresh process: how far the logits of a compiled draft are from an eager one's, by the size of the pass."""
     import torch
 
-    from vllm_tokentiming.draft.model import Span
+    from vllm_tokentiming.draft.protocol import Span
 
     found = {}
     for name, eager in (("compiled", False), ("eager", True)):

@@ -44,7 +44,7 @@ class Sequences:
         Returns:
             The next id of each sequence that has been read to its end.
         """
-        from vllm_tokentiming.draft.model import Span
+        from vllm_tokentiming.draft.protocol import Span
 
         spans = [
             (index, Span(self.rows[index], self.cached[index], ids[self.cached[index] :][:chunk]))
@@ -72,7 +72,7 @@ def _write_sharing(model, prompts: list[list[int]]) -> tuple[list[list[int]], in
     Returns:
         They, and how many tokens were read.
     """
-    from vllm_tokentiming.draft.model import Span
+    from vllm_tokentiming.draft.protocol import Span
 
     pool, num_read = model.pool, 0
     sequences = [list(prompt) for prompt in prompts]

@@ -41,7 +41,7 @@ def break_everything() -> dict:
     """In a fresh process: the same prompts while one thing after the other fails now and then."""
     from vllm import SamplingParams
 
-    from vllm_tokentiming import integration
+    from vllm_tokentiming.vllm import integration
 
     prompts = texts(None)[::13]
     plain = engine.start_exact()
@@ -52,7 +52,7 @@ def break_everything() -> dict:
 
     def write() -> dict:
         before = engine.counters(llm)
-        with engine.logged("vllm_tokentiming.proposer") as messages:
+        with engine.logged("vllm_tokentiming.vllm.proposer") as messages:
             outputs = engine.generate(llm, prompts, engine.greedy(32))
         after = engine.counters(llm)
         return {

@@ -61,7 +61,7 @@ def test_each_way_to_ask_gives_the_same_outputs_and_accepted_proposals(asked, wa
 
 
 def settings_of(config) -> dict:
-    from vllm_tokentiming.integration import settings_of
+    from vllm_tokentiming.vllm.integration import settings_of
 
     return dict(settings_of(config))
 
@@ -78,7 +78,7 @@ def test_both_ways_to_ask_are_read_to_the_same_configuration(front_end):
 
 def test_settings_change_nothing_that_vllm_compiles_anew_for(front_end):
     from vllm_tokentiming.config import TokenTimingConfig
-    from vllm_tokentiming.draft.vllm_config import draft_vllm_config
+    from vllm_tokentiming.vllm.draft_config import draft_vllm_config
 
     settings = {"kv_memory_gib": 0.5, "dtw_window": 4, "seed": 7, "strategy": "slem", "adaptive_length": True}
     configs = [front_end(engine.speculation(**given)) for given in ({}, settings)]
@@ -262,7 +262,7 @@ def test_pipeline_parallelism_is_refused(front_end):
 
 
 def test_a_vllm_that_lacks_something_is_refused(front_end, monkeypatch):
-    from vllm_tokentiming import requirements
+    from vllm_tokentiming.vllm import requirements
 
     wanted = (requirements.Need("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.no_such_method"),)
     monkeypatch.setattr(requirements, "REQUIRED", wanted)
@@ -270,8 +270,8 @@ def test_a_vllm_that_lacks_something_is_refused(front_end, monkeypatch):
 
 
 def test_kernels_that_were_not_built_are_refused(front_end, monkeypatch):
-    monkeypatch.setitem(sys.modules, "vllm_tokentiming._dtw", None)
-    monkeypatch.delitem(sys.modules, "vllm_tokentiming.alignment", raising=False)
+    monkeypatch.setitem(sys.modules, "vllm_tokentiming.align._dtw", None)
+    monkeypatch.delitem(sys.modules, "vllm_tokentiming.align.dtw", raising=False)
     _refused(front_end, engine.speculation(), "pip install")
 
 

@@ -20,17 +20,17 @@ AT_START, WHILE_STARTING = "EngineArgs.create_speculative_config", "GPUModelRunn
 WHEN = ("before", "after")
 # What is called in our part of a step's sampling, and around it: owner and name.
 INNER = (
-    ("integration", "_drop_padding"),
-    ("integration", "_stages"),
-    ("integration", "_to_verify"),
-    ("integration", "verify_stages"),
-    ("integration", "_take_over"),
-    ("compat", "without_padding"),
-    ("compat", "cache_salts"),
-    ("proposer.TokenTimingProposer", "_measured"),
-    ("drafting.Drafter", "propose"),
-    ("drafting.Drafter", "numbers"),  # After this, nothing more is recorded.
-    ("proposer.TokenTimingProposer", "_loaded"),
+    ("vllm.integration", "", "_drop_padding"),
+    ("vllm.integration", "", "_stages"),
+    ("vllm.integration", "", "_to_verify"),
+    ("vllm.integration", "", "verify_stages"),
+    ("vllm.integration", "", "_take_over"),
+    ("vllm.compat", "", "without_padding"),
+    ("vllm.compat", "", "cache_salts"),
+    ("vllm.proposer", "TokenTimingProposer", "_measured"),
+    ("drafter", "Drafter", "propose"),
+    ("drafter", "Drafter", "numbers"),  # After this, nothing more is recorded.
+    ("vllm.proposer", "TokenTimingProposer", "_loaded"),
 )
 IN_SAMPLE = ("_drop_padding", "_to_verify")
 
@@ -104,7 +104,7 @@ def break_everything() -> dict:
 
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_tokentiming import integration, patches, proposer
+    from vllm_tokentiming.vllm import integration, patches, proposer
 
     proposer._MOST_STEPS_OFF = 0  # Drafting goes on whatever fails, so that there is more to fail.
     few = {"max_num_seqs": 4}  # So that some requests begin while others have proposals.
@@ -124,10 +124,10 @@ def break_everything() -> dict:
                     engine.runner(llm).profile_run()
                 written = _write(llm)
             result["patches"][patch.name][when] = written | {"raised": fault.num_raised}
-    for module, name in INNER:
-        owner = importlib.import_module("vllm_tokentiming." + module.split(".")[0])
-        for part in module.split(".")[1:]:
-            owner = getattr(owner, part)
+    for module, owner_name, name in INNER:
+        owner = importlib.import_module(f"vllm_tokentiming.{module}")
+        if owner_name:
+            owner = getattr(owner, owner_name)
         fault = _Fault()
         with _replaced(owner, name, fault):
             written = _write(llm)
@@ -195,7 +195,7 @@ def test_every_patch_says_since_when_it_is_needed_and_when_it_can_go(broken):
 @pytest.mark.parametrize(
     "name",
     [
-        *(name for _, name in INNER),
+        *(name for *_, name in INNER),
         "half of the padding", "a panic", "release after a fault", "opening of the metrics' files",
     ],
 )  # fmt: skip

@@ -228,7 +228,7 @@ def test_a_pool_too_small_for_all_serves_more_when_they_share(shared):
 def test_a_salt_travels_to_the_worker():
     from types import SimpleNamespace
 
-    from vllm_tokentiming import compat, plugin
+    from vllm_tokentiming.vllm import compat, plugin
 
     plugin.register()
     from vllm.v1.core.sched.output import NewRequestData

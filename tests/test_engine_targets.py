@@ -103,7 +103,7 @@ def draft_beside_a_hybrid_target(folder: str) -> dict:
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_tokentiming.config import TokenTimingConfig
-    from vllm_tokentiming.draft.vllm_config import draft_vllm_config
+    from vllm_tokentiming.vllm.draft_config import draft_vllm_config
 
     class Layer:
         def __deepcopy__(self, memo: dict) -> None:
@@ -200,7 +200,7 @@ def with_sounds(folder: str) -> dict:
     """In a fresh process: prompts with two sounds, one, and none in one batch; and what the draft has read of them."""
     import numpy as np
 
-    from vllm_tokentiming.drafting import Drafter
+    from vllm_tokentiming.drafter import Drafter
 
     rng = np.random.default_rng(0)
     short, long = (rng.normal(0, 0.1, 16_000 * seconds) for seconds in (1, 2))

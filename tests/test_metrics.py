@@ -13,11 +13,11 @@ import engine
 import pytest
 from prometheus_client import REGISTRY, generate_latest
 
-from vllm_tokentiming import metrics
+from vllm_tokentiming.vllm import metrics
 
 WORKER = """
 import sys, time
-from vllm_tokentiming.metrics import Recorder
+from vllm_tokentiming.vllm.metrics import Recorder
 recorder = Recorder("a model", int(sys.argv[1]))
 recorder.write({"draft_passes": 3 + int(sys.argv[1]), "draft_blocks": 7, "one_hot": {"grammar": 2}})
 print(recorder.is_seen, flush=True)
@@ -25,7 +25,7 @@ time.sleep(float(sys.argv[2]))
 """
 FRONT_END = """
 import subprocess, sys, time
-from vllm_tokentiming.metrics import show_in_front_end
+from vllm_tokentiming.vllm.metrics import show_in_front_end
 show_in_front_end()
 subprocess.Popen([sys.executable, "-c", sys.argv[1], "0", "60"])
 time.sleep(60)
@@ -87,7 +87,7 @@ def test_processes_that_are_killed_leave_nothing_in_the_temporary_folder(tmp_pat
 def test_a_page_whose_part_of_ours_cannot_be_read_has_the_rest(front_end):
     with open(metrics._files.names[0], "r+b") as file:
         file.write(struct.pack("<iii", 64, 0, 20) + b"x" * 52)  # No JSON.
-    with engine.logged("vllm_tokentiming.metrics") as messages:
+    with engine.logged("vllm_tokentiming.vllm.metrics") as messages:
         pages = [generate_latest(REGISTRY) for _ in range(2)]
     assert all(b"python_info" in page and b"tokentiming" not in page for page in pages)
     assert messages == ["TokenTiming cannot read its metrics, so they are left out."]
@@ -95,7 +95,7 @@ def test_a_page_whose_part_of_ours_cannot_be_read_has_the_rest(front_end):
 
 def test_where_no_file_can_be_made_nothing_is_counted(front_end, monkeypatch):
     monkeypatch.delattr(os, "memfd_create")
-    with engine.logged("vllm_tokentiming.metrics") as messages:
+    with engine.logged("vllm_tokentiming.vllm.metrics") as messages:
         metrics.show_in_front_end()
     assert messages == ["TokenTiming cannot count what it does."]
     assert work(0) == "False"

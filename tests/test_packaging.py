@@ -67,7 +67,7 @@ def test_the_wheel_has_the_package_its_types_and_its_licence_and_nothing_else(wh
     names = zipfile.ZipFile(wheel).namelist()
     modules = {str(path.relative_to(ROOT)) for path in ROOT.glob("vllm_tokentiming/**/*.py")}
     kernels = {name for name in names if name.endswith(".so")}
-    assert len(kernels) == 1 and kernels.pop().startswith("vllm_tokentiming/_dtw.")
+    assert len(kernels) == 1 and kernels.pop().startswith("vllm_tokentiming/align/_dtw.")
     of_package = {name for name in names if ".dist-info/" not in name and not name.endswith(".so")}
     assert of_package == modules | {"vllm_tokentiming/py.typed"}
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
@@ -87,7 +87,7 @@ def test_the_command_runs_from_the_wheel_without_a_compiler_and_without_vllm(whe
     install = ("install", "--no-deps", "--no-index", "--no-cache-dir", wheel)
     run(sys.executable, "-m", "pip", "--python", python, *install, folder=tmp_path, **bare)
 
-    kernel = run(python, "-c", "from vllm_tokentiming import _dtw; print(_dtw.__file__)", folder=tmp_path, **bare)
+    kernel = run(python, "-c", "from vllm_tokentiming.align import _dtw; print(_dtw.__file__)", folder=tmp_path, **bare)
     assert Path(kernel).is_relative_to(venv)
     command = venv / "bin" / "vllm-tokentiming"
     told = run(command, "inspect", MODELS / "target", MODELS / "draft", folder=tmp_path, **bare)

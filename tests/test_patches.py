@@ -11,8 +11,8 @@ from pathlib import Path
 import engine
 import pytest
 
-from vllm_tokentiming import patches
 from vllm_tokentiming.config import SettingsError
+from vllm_tokentiming.vllm import patches
 
 SOURCES = sorted(Path(patches.__file__).parent.rglob("*.py"))
 
@@ -126,7 +126,7 @@ def test_what_the_user_has_to_change_passes_through(owner):
 
 def test_a_fault_is_logged_once_with_the_name_of_the_function(owner):
     _install(owner, "double", _fail)
-    with engine.logged("vllm_tokentiming.patches") as messages:
+    with engine.logged("vllm_tokentiming.vllm.patches") as messages:
         for _ in range(3):
             owner().double(3)
     assert messages == ["TokenTiming's part of vLLM's Owner.double failed."]

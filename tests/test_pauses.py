@@ -10,8 +10,8 @@ pytestmark = pytest.mark.engine  # Needs vLLM, though no engine is started.
 
 @pytest.fixture
 def proposer():
-    from vllm_tokentiming import proposer
-    from vllm_tokentiming.draft_length import FixedLength
+    from vllm_tokentiming.draft.length import FixedLength
+    from vllm_tokentiming.vllm import proposer
 
     made = object.__new__(proposer.TokenTimingProposer)  # Without a draft model.
     made._length = FixedLength()
@@ -21,7 +21,7 @@ def proposer():
 
 def tell(proposer, paused: int, num_requests: int = 64) -> list[str]:
     proposer._length.steps_paused = paused
-    with engine.logged("vllm_tokentiming.proposer") as messages:
+    with engine.logged("vllm_tokentiming.vllm.proposer") as messages:
         proposer._tell_of_pauses(num_requests)
     return messages
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import engine
 import pytest
 
-from vllm_tokentiming import plugin
+from vllm_tokentiming.vllm import plugin
 
 
 @pytest.mark.parametrize("part", ["_teach_method", "_teach_salts"])
@@ -18,7 +18,7 @@ def test_a_vllm_that_cannot_be_taught_goes_on_without_us(monkeypatch, part):
         raise ImportError("this vLLM has no such module")
 
     monkeypatch.setattr(plugin, part, fail)
-    with engine.logged("vllm_tokentiming.plugin") as messages:
+    with engine.logged("vllm_tokentiming.vllm.plugin") as messages:
         plugin.register()
     assert {*taught, part} == {"_teach_method", "_teach_salts"}
     assert messages == ["TokenTiming cannot be used with this vLLM."]

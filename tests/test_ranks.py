@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from vllm_tokentiming.cli import load_vocabulary as inspected
 from vllm_tokentiming.config import SettingsError, TokenTimingConfig
-from vllm_tokentiming.pair import VocabularyPair
-from vllm_tokentiming.ranks import fast_tokenizer
-from vllm_tokentiming.token_bytes import TokenBytes
-from vllm_tokentiming.vocabularies import load_pair
+from vllm_tokentiming.vllm.vocabulary_loader import load_pair
+from vllm_tokentiming.vocab.pair import VocabularyPair
+from vllm_tokentiming.vocab.tiktoken_format import fast_tokenizer
+from vllm_tokentiming.vocab.token_bytes import TokenBytes
 
 PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
 TEXTS = (

@@ -116,22 +116,22 @@ def test_a_draft_that_the_workers_cannot_share_is_refused(front_end):
 
 
 def test_fewer_draft_tokens_than_proposals_are_said_in_the_log(front_end):
-    with engine.logged("vllm_tokentiming.refusals") as messages:
+    with engine.logged("vllm_tokentiming.vllm.refusals") as messages:
         front_end(engine.speculation(max_draft_tokens=2))
     assert [("max_draft_tokens is 2 and num_speculative_tokens 5" in message) for message in messages] == [True]
-    with engine.logged("vllm_tokentiming.refusals") as messages:
+    with engine.logged("vllm_tokentiming.vllm.refusals") as messages:
         front_end(engine.speculation(max_draft_tokens=5))
     assert messages == []
 
 
 def test_the_target_as_its_own_draft_is_said_in_the_log(front_end):
-    with engine.logged("vllm_tokentiming.refusals") as messages:
+    with engine.logged("vllm_tokentiming.vllm.refusals") as messages:
         front_end(engine.speculation(model=engine.TARGET))
     assert len(messages) == 1 and "is the target itself" in messages[0]
 
 
 def test_a_draft_larger_than_the_target_is_said_in_the_log(front_end):
-    with engine.logged("vllm_tokentiming.refusals") as messages:
+    with engine.logged("vllm_tokentiming.vllm.refusals") as messages:
         front_end(engine.speculation(model=engine.TARGET), model=engine.DRAFT)
     assert len(messages) == 1 and "were the two swapped?" in messages[0]
 

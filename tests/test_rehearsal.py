@@ -6,13 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from truncation import truncate
 
+from vllm_tokentiming.align.transducer import Transducer
 from vllm_tokentiming.config import SettingsError
 from vllm_tokentiming.draft.kv_pool import KVPool
-from vllm_tokentiming.draft_length import FixedLength
+from vllm_tokentiming.draft.length import FixedLength
 from vllm_tokentiming.rehearsal import rehearse
-from vllm_tokentiming.transducer import Transducer
-from vllm_tokentiming.writer import Writer
+from vllm_tokentiming.transfer.proposals import Writer
 
 NUM_REQUESTS, PROPOSALS = 6, 3
 
@@ -44,6 +45,7 @@ def make_writer(embedded, max_q_bytes: int = 1 << 30) -> Writer:
         embedded.pair, Transducer(embedded.pair), "tokentiming", draft_size=sizes[0], target_size=sizes[1],
         num_proposals=PROPOSALS,
         max_draft_tokens=2 * PROPOSALS, device=torch.device("cpu"), max_q_bytes=max_q_bytes, length=FixedLength(),
+        truncate=truncate,
     )  # fmt: skip
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import engine
 import pytest
 
-from vllm_tokentiming import requirements
 from vllm_tokentiming.config import SettingsError
-from vllm_tokentiming.requirements import FOR_Q, KV_CACHE_PLANNING, REQUIRED, Need, check_vllm, missing
+from vllm_tokentiming.vllm import requirements
+from vllm_tokentiming.vllm.requirements import FOR_Q, KV_CACHE_PLANNING, REQUIRED, Need, check_vllm, missing
 
 PACKAGE = Path(requirements.__file__).parent
 RUNNER = "vllm.v1.worker.gpu_model_runner.GPUModelRunner"
@@ -66,14 +66,14 @@ IN_MODULE = {
     ("refusals", "draft"): "vllm.config.ModelConfig",
     ("refusals", "parallel"): "vllm.config.ParallelConfig",
     ("refusals", "target"): "vllm.config.ModelConfig",
-    ("vllm_config", "_build(settings, target)"): "vllm.config.ModelConfig",
-    ("vllm_config", "_build(settings, target, runner='auto')"): "vllm.config.ModelConfig",
+    ("draft_config", "_build(settings, target)"): "vllm.config.ModelConfig",
+    ("draft_config", "_build(settings, target, runner='auto')"): "vllm.config.ModelConfig",
     ("compat", "request"): "vllm.v1.request.Request",
     ("integration", "request"): "vllm.v1.worker.gpu_input_batch.CachedRequestState",
     ("integration", "parameters"): "vllm.sampling_params.SamplingParams",
-    ("vllm_config", "target"): "vllm.config.ModelConfig",
-    ("vocabularies", "model"): "vllm.config.ModelConfig",
-    ("vocabularies", "target"): "vllm.config.ModelConfig",
+    ("draft_config", "target"): "vllm.config.ModelConfig",
+    ("vocabulary_loader", "model"): "vllm.config.ModelConfig",
+    ("vocabulary_loader", "target"): "vllm.config.ModelConfig",
 }
 # What is of vLLM's but promises no more than Python does: containers, a logger, an `Enum`, a transformers tokenizer.
 CONTAINERS = {"additional", "given", "layout", "logger", "requests", "specs", "tokenizer", "vllm_part"}
@@ -90,8 +90,8 @@ OTHERS = {
     "self", "settings", "slots", "span", "table", "target_ids", "vocabulary", "where", "x", "other",
 }  # fmt: skip
 OTHERS_IN_MODULE = {
-    ("model", "size"), ("plugin", "_OPTIONS"), ("proposer", "model"), ("refusals", "file"), ("vllm_config", "NO_TEXT"),
-    ("vocabularies", "store"),
+    ("draft_model", "size"), ("plugin", "_OPTIONS"), ("proposer", "model"), ("refusals", "file"),
+    ("draft_config", "NO_TEXT"), ("vocabulary_loader", "store"),
 }  # fmt: skip
 # Arguments that a function takes by `**kwargs`, and what reads them.
 PASSED_ON = {

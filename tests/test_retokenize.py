@@ -8,9 +8,9 @@ from conftest import EMBEDDED, cases, examples, load_pair
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_tokentiming.pair import VocabularyPair
-from vllm_tokentiming.retokenize import Proxy, align, aligned_draft_tokens, retokenize
-from vllm_tokentiming.special_tokens import Role
+from vllm_tokentiming.align.retokenize import Proxy, align, aligned_draft_tokens, retokenize
+from vllm_tokentiming.vocab.pair import VocabularyPair
+from vllm_tokentiming.vocab.special_tokens import Role
 
 EXACT_PAIRS = [
     EMBEDDED,

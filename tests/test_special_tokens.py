@@ -7,9 +7,9 @@ from conftest import load_pair, load_tokenizer, load_vocabulary
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from vllm_tokentiming.pair import Vocabulary, VocabularyPair
-from vllm_tokentiming.special_tokens import Role, SpecialMap, SpecialTokens
-from vllm_tokentiming.token_bytes import TokenBytes, VocabularyKind
+from vllm_tokentiming.vocab.pair import Vocabulary, VocabularyPair
+from vllm_tokentiming.vocab.special_tokens import Role, SpecialMap, SpecialTokens
+from vllm_tokentiming.vocab.token_bytes import TokenBytes, VocabularyKind
 
 
 def special(*texts: str, bos: str | None = None, eos: str | None = None, first_id: int = 0) -> SpecialTokens:
@@ -174,7 +174,7 @@ def test_a_draft_may_not_write_unk_nor_begin_a_text_even_where_the_target_has_th
 def test_a_padded_head_has_as_many_rows_as_it_says_and_none_of_the_padding_may_be_written():
     vocabulary = load_vocabulary("gpt2")
     padded = TokenBytes({0: b"a"}, {}, VocabularyKind.PLAIN, vocabulary.token_bytes.size + 47)
-    draft = type(vocabulary)(padded, vocabulary.encoder, SpecialTokens.of(padded, None, None))
+    draft = replace(vocabulary, token_bytes=padded, special=SpecialTokens.of(padded, None, None))
     draftable = VocabularyPair.of(vocabulary, draft).draftable
     assert draftable.shape == (vocabulary.token_bytes.size + 47,) and draftable.sum() == 1
 

@@ -8,14 +8,14 @@ import torch
 from conftest import EMBEDDED, cases, examples, load_pair
 from hypothesis import given
 from hypothesis import strategies as st
+from truncation import truncate
 
-pytest.importorskip("vllm")
-
+from vllm_tokentiming.align.transducer import Transducer, Waits
+from vllm_tokentiming.draft.length import Chain, FixedLength, History
 from vllm_tokentiming.draft.sampling import DraftSampling
-from vllm_tokentiming.draft_length import Chain, FixedLength, History
-from vllm_tokentiming.staging import Groups, Stage, condition, verify_stages
-from vllm_tokentiming.transducer import Transducer, Waits
-from vllm_tokentiming.writer import Draft, Writer
+from vllm_tokentiming.transfer.proposals import Draft, Writer
+from vllm_tokentiming.transfer.stages import Groups, Stage
+from vllm_tokentiming.verify import condition, verify_stages
 
 SIZE = 9
 
@@ -156,6 +156,7 @@ def make_writer(pair, max_draft_tokens):
         pair, Transducer(pair), "tokentiming",
         draft_size=pair.draft.token_bytes.size, target_size=pair.target.token_bytes.size, num_proposals=3,
         max_draft_tokens=max_draft_tokens, device=torch.device("cpu"), max_q_bytes=1 << 30, length=FixedLength(),
+        truncate=truncate,
     )  # fmt: skip
 
 

@@ -11,9 +11,9 @@ from conftest import EMBEDDED, MODELS, cases, load_tokenizer
 from tokenizers import Tokenizer
 
 from vllm_tokentiming import startup_cache
-from vllm_tokentiming.pair import Vocabulary, VocabularyPair
+from vllm_tokentiming.align.transducer import Transducer
 from vllm_tokentiming.startup_cache import StartupCache, tokenizer_digest
-from vllm_tokentiming.transducer import Transducer
+from vllm_tokentiming.vocab.pair import Vocabulary, VocabularyPair
 
 TEXTS = ["Hello,  World!\n\tif x: pass", "naïve Straße 日本語 🙂 हिन्दी", "▁ <0x41> <|im_start|>", "\x00\x7f"]
 PAIRS = [EMBEDDED, ("llama2", "gpt2"), ("bert", "t5_small"), ("qwen2.5", "llama2")]

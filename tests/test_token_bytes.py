@@ -7,7 +7,7 @@ import pytest
 from conftest import EMBEDDED, EXACT, LOSSY, cases, load_tokenizer, load_vocabulary, own_ids
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from vllm_tokentiming.token_bytes import TokenBytes, VocabularyKind, byte_alphabet, kind_of
+from vllm_tokentiming.vocab.token_bytes import TokenBytes, VocabularyKind, byte_alphabet, kind_of
 
 TEXT = "Plain text, with  spaces,\n\ttabs, naïve café, Привет, 世界, 🙂👩‍👩‍👧 and 12345 digits. "
 ADDS_A_SPACE = ("llama2",)  # Its normaliser puts a `▁` before every text.

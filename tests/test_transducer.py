@@ -8,9 +8,9 @@ from conftest import EMBEDDED, EXACT, cases, examples, load_pair, texts
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_tokentiming.prior import AlignmentPrior
-from vllm_tokentiming.special_tokens import Role
-from vllm_tokentiming.transducer import Transducer, incomplete_tail
+from vllm_tokentiming.align.prior import AlignmentPrior
+from vllm_tokentiming.align.transducer import Transducer, incomplete_tail
+from vllm_tokentiming.vocab.special_tokens import Role
 
 PAIRS = [EMBEDDED, ("qwen2.5", "llama2"), ("llama3", "gpt2"), ("llama2", "mistral_tekken")]
 

@@ -3,15 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from truncation import truncate
 
-pytest.importorskip("vllm")
-
-from vllm_tokentiming import writer as writer_module
+from vllm_tokentiming.align.transducer import Transducer
+from vllm_tokentiming.draft.length import Chain, FixedLength, History
 from vllm_tokentiming.draft.sampling import DraftSampling, draw, law, seed_of, uniforms
-from vllm_tokentiming.draft_length import Chain, FixedLength, History
-from vllm_tokentiming.transducer import Transducer
-from vllm_tokentiming.transfer import CANDIDATES, RARE, Transfer
-from vllm_tokentiming.writer import Draft, Writer
+from vllm_tokentiming.transfer import proposals as writer_module
+from vllm_tokentiming.transfer.proposals import Draft, Writer
+from vllm_tokentiming.transfer.pushforward import CANDIDATES, RARE, Transfer
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +144,7 @@ def test_with_bytes_pending_every_outcome_has_the_enumerated_law(transducer, siz
 def test_a_law_is_the_softmax_of_what_the_request_and_the_prior_make_of_the_logits():
     logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(3))
     log_prior = torch.linspace(-2, 0, 50)
-    probs = law(logits.clone(), [DraftSampling(0, 0.5), DraftSampling(0, 2.0)], log_prior)
+    probs = law(logits.clone(), [DraftSampling(0, 0.5), DraftSampling(0, 2.0)], truncate, log_prior)
     for row, temperature in zip(range(2), (0.5, 2.0), strict=True):
         torch.testing.assert_close(probs[row], (logits[row] / temperature + log_prior).softmax(-1))
 
@@ -154,7 +153,7 @@ def test_a_law_keeps_to_the_requests_top_k_top_p_and_min_p():
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(4)) * 2
     plain = logits.softmax(-1)
     sampling = [DraftSampling(0, 1.0, top_k=5), DraftSampling(0, 1.0, top_p=0.6), DraftSampling(0, 1.0, min_p=0.2)]
-    probs = law(logits.clone(), sampling)
+    probs = law(logits.clone(), sampling, truncate)
     torch.testing.assert_close(probs.sum(-1), torch.ones(3))
     assert set(probs[0].nonzero().flatten().tolist()) == set(plain[0].topk(5).indices.tolist())
     ranked = plain[1].sort(descending=True)
@@ -212,6 +211,7 @@ def make_writer(embedded, sizes, strategy="tokentiming", max_q_bytes=1 << 30, lo
         device=torch.device("cpu"),
         max_q_bytes=max_q_bytes,
         length=FixedLength(),
+        truncate=truncate,
         log_prior=log_prior,
     )
 

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from vllm_tokentiming.context import DraftContext
-from vllm_tokentiming.pair import Vocabulary, VocabularyPair
-from vllm_tokentiming.turns import boundaries, chat_template, pieces_of
+from vllm_tokentiming.vocab.chat_template import boundaries, chat_template, pieces_of
+from vllm_tokentiming.vocab.pair import Vocabulary, VocabularyPair
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
 # The special tokens of some families, the begin-of-text token first if there is one; their templates are in

@@ -7,7 +7,7 @@ import zipfile
 import pytest
 from conftest import MODELS
 
-from vllm_tokentiming.weights import check_weights, weight_bytes
+from vllm_tokentiming.vllm.weights import check_weights, weight_bytes
 
 
 def write(file, dtype="F32", numbers=6, cut=0, name="a"):

@@ -11,9 +11,9 @@ from typing import Any
 
 from vllm_tokentiming.folders import check_tokenizer, tokenizer_fault
 from vllm_tokentiming.inspection import SAMPLE, as_text, inspect
-from vllm_tokentiming.pair import Vocabulary, VocabularyPair
-from vllm_tokentiming.ranks import fast_tokenizer
-from vllm_tokentiming.turns import chat_template
+from vllm_tokentiming.vocab.chat_template import chat_template
+from vllm_tokentiming.vocab.pair import Vocabulary, VocabularyPair
+from vllm_tokentiming.vocab.tiktoken_format import fast_tokenizer
 
 
 def load_vocabulary(name: str) -> Vocabulary:

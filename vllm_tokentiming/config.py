@@ -3,8 +3,6 @@
 They arrive either beside vLLM's own keys in ``--speculative-config`` (method ``tokentiming``), or, with vLLM's
 ``custom_class`` method, in ``--additional-config '{"tokentiming": {...}}'``. Either way they travel to the workers as
 plain JSON, in the attribute ``ATTRIBUTE`` of ``VllmConfig.speculative_config``, which changes no hash of vLLM's.
-
-Imports neither torch nor vLLM.
 """
 
 from __future__ import annotations
@@ -72,10 +70,10 @@ class TokenTimingConfig(BaseModel):
         enforce_eager: Whether to run the draft without compilation; by default as the target.
         max_draft_tokens: Most draft tokens written per step; by default twice ``num_speculative_tokens``. Fewer than
             those make sense only where most draft tokens make several target tokens, so the log says it.
-        adaptive_length: Whether to draft only as much as pays (``draft_length.py``), or always all that is allowed.
+        adaptive_length: Whether to draft only as much as pays (``draft/length.py``), or always all that is allowed.
         dtw_window: Sakoe-Chiba half-width of the warping, in tokens.
         strategy: How proposals are made: ``tokentiming``, or, for comparison, ``slem``, ``tli``, or
-            ``tokentiming-paper``, which changes the distribution of sampled output (``writer.py``).
+            ``tokentiming-paper``, which changes the distribution of sampled output (``transfer/proposals.py``).
         allow_inexact: Must be set for ``tokentiming-paper``, and for verification of vLLM's that is not exact.
         alignment_prior: Power of the alignment prior (``prior.py``) in the draft's law; 0 for none. The draft writes a
             sample text for it when the engine starts, which takes long, and what it brings depends on the pair.
@@ -85,7 +83,7 @@ class TokenTimingConfig(BaseModel):
         seed: Of the draft's random numbers, beside that of each request.
         special_tokens: Draft special token for a target special token, both by text; ``null`` drops it.
         own_chat_turns: Whether the draft reads what stands around the messages of a chat as its own template writes it,
-            where both models have one (``turns.py``).
+            where both models have one (``vocab/chat_template.py``).
         unmapped_special_tokens: What the draft reads for other special tokens of the target: their ``text``, or
             nothing (``drop``).
     """

@@ -2,8 +2,8 @@
 
 **Contract.** ``draft_ids`` spells the bytes of every committed target token, in the draft's own canonical
 tokenization, after what the draft reads before every text (``VocabularyPair.draft_prefix``). Special tokens cross by
-role, and what a chat template writes around messages becomes what the draft's writes there (``turns.py``); nothing is
-replaced by ``unk``.
+role, and what a chat template writes around messages becomes what the draft's writes there
+(``vocab/chat_template.py``); nothing is replaced by ``unk``.
 
 **Placeholders** of images, audio and video in a prompt are left out, and so are the tokens around them
 (``special_tokens.py``): a draft that reads only text can make nothing of them.
@@ -15,8 +15,6 @@ the draft's tokenizer cuts whatever follows. So a step costs the same however lo
 had, then what it drafted itself. Drafted tokens can only stay if their alignment block lies wholly in the accepted
 target tokens. Where both vocabularies are exact, they stay if the canonical tokenization has them, too; a lossy draft
 keeps them as it wrote them, since encoding its own text again could change it.
-
-Imports neither torch nor vLLM.
 """
 
 from __future__ import annotations
@@ -24,9 +22,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_tokentiming.pair import VocabularyPair
-from vllm_tokentiming.retokenize import Proxy, align, aligned_draft_tokens
-from vllm_tokentiming.turns import FIRST, Match
+from vllm_tokentiming.align.retokenize import Proxy, align, aligned_draft_tokens
+from vllm_tokentiming.vocab.chat_template import FIRST, Match
+from vllm_tokentiming.vocab.pair import VocabularyPair
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,6 @@ transformers and vLLM take what is no folder for a name on the Hugging Face hub,
 name. The checks here say what is wrong with the folder. Names on the hub are left to vLLM.
 
 Every ``ValueError`` from here is the second half of a sentence, without its full stop.
-
-Imports neither torch nor vLLM.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What a pair of vocabularies will be like, told before anything is started.
-
-Imports neither torch nor vLLM.
-"""
+"""What a pair of vocabularies will be like, told before anything is started."""
 
 from __future__ import annotations
 
@@ -11,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from vllm_tokentiming.pair import Vocabulary, VocabularyPair
-from vllm_tokentiming.retokenize import Proxy, align
-from vllm_tokentiming.special_tokens import Role
-from vllm_tokentiming.transducer import Transducer
+from vllm_tokentiming.align.retokenize import Proxy, align
+from vllm_tokentiming.align.transducer import Transducer
+from vllm_tokentiming.vocab.pair import Vocabulary, VocabularyPair
+from vllm_tokentiming.vocab.special_tokens import Role
 
 # A little of several scripts, prose and code, for users who give no text of their own.
 SAMPLE = (

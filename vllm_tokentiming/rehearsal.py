@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 
 from vllm_tokentiming.config import SettingsError
-from vllm_tokentiming.draft.model import DraftModel, Span
+from vllm_tokentiming.draft.length import Chain, History
+from vllm_tokentiming.draft.protocol import DraftModel, Span
 from vllm_tokentiming.draft.sampling import DraftSampling
-from vllm_tokentiming.draft_length import Chain, History
-from vllm_tokentiming.writer import Draft, Writer
+from vllm_tokentiming.transfer.proposals import Draft, Writer
 
 
 @torch.inference_mode()

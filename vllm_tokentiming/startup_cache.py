@@ -9,8 +9,6 @@ files, the code of this package, and the versions of the libraries that read tok
 **Never half.** An entry is written under a passing name and then renamed, so that engines that start at the same time
 disturb nobody. The archive has a checksum for each of its parts. An entry that cannot be read counts as absent, and is
 written anew.
-
-Imports neither torch nor vLLM.
 """
 
 from __future__ import annotations
@@ -30,12 +28,12 @@ import numpy.typing as npt
 from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer
 
-from vllm_tokentiming.encoder import Encoder, LossyEncoder
+from vllm_tokentiming.align.transducer import Transducer
 from vllm_tokentiming.folders import local_folder
-from vllm_tokentiming.pair import Vocabulary, VocabularyPair
-from vllm_tokentiming.special_tokens import SpecialTokens
-from vllm_tokentiming.token_bytes import TokenBytes, VocabularyKind
-from vllm_tokentiming.transducer import Transducer
+from vllm_tokentiming.vocab.encoder import Encoder, LossyEncoder
+from vllm_tokentiming.vocab.pair import Vocabulary, VocabularyPair
+from vllm_tokentiming.vocab.special_tokens import SpecialTokens
+from vllm_tokentiming.vocab.token_bytes import TokenBytes, VocabularyKind
 
 Arrays = dict[str, npt.NDArray[Any]]
 

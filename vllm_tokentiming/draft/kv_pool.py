@@ -8,8 +8,6 @@ every row whose sequence begins alike takes it over instead of reading these tok
 written again: a row's leading blocks are filed ones, perhaps shared, and the rest are its own. Where a sequence leaves
 a filed block in its middle, it gets a block of its own into which the other is copied (``copy_beginning``). Blocks that
 nobody holds keep their content until they are needed, the longest unused one first.
-
-Imports neither torch nor vLLM.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""How large the draft's KV cache is, and how long a sequence in it may be.
-
-Imports neither torch nor vLLM.
-"""
+"""How large the draft's KV cache is, and how long a sequence in it may be."""
 
 from __future__ import annotations
 

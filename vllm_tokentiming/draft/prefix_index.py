@@ -3,8 +3,6 @@
 **Exact.** A block is filed under its ids and what comes before it: the serial number of the block before, or, for a
 first block, the scope in which it may be shared. No serial number is given twice, so blocks are found equal only if
 every token up to their end is, and their scope; no hash is trusted.
-
-Imports neither torch nor vLLM.
 """
 
 from __future__ import annotations

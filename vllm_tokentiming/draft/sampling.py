@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
-from vllm_tokentiming.uploading import upload
+from vllm_tokentiming.tensors import upload
 
+# Logits ``[n, size]``, top-k and top-p ``[n]``, or ``None`` for all; to logits with -inf for what is cut off.
+Truncate = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor]
 _WORDS = struct.Struct("<8Q")
 
 
@@ -60,12 +61,18 @@ def uniforms(seed: int, position: int, number: int) -> list[float]:
     return numbers[:number]
 
 
-def law(logits: torch.Tensor, sampling: Sequence[DraftSampling], log_prior: torch.Tensor | None = None) -> torch.Tensor:
+def law(
+    logits: torch.Tensor,
+    sampling: Sequence[DraftSampling],
+    truncate: Truncate,
+    log_prior: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Shape logits into laws.
 
     Args:
         logits: ``[n, draft vocabulary]``, with -inf for what must not be drafted; overwritten.
         sampling: One for each row.
+        truncate: Cuts off what top-k and top-p leave out, as the target's sampler does.
         log_prior: ``[draft vocabulary]``, logarithms of what the laws are multiplied by before they are truncated.
 
     Returns:
@@ -80,7 +87,7 @@ def law(logits: torch.Tensor, sampling: Sequence[DraftSampling], log_prior: torc
         top_k = upload([s.top_k if 0 < s.top_k < vocab else vocab for s in sampling], device, torch.int32)
     if any(s.top_p < 1 for s in sampling):
         top_p = upload([s.top_p for s in sampling], device)
-    probs = apply_top_k_top_p(logits, top_k, top_p).softmax(-1)
+    probs = truncate(logits, top_k, top_p).softmax(-1)
     if any(s.min_p > 0 for s in sampling):
         least = probs.amax(-1, keepdim=True) * upload([s.min_p for s in sampling], device).unsqueeze(1)
         probs = probs.masked_fill_(probs < least, 0)

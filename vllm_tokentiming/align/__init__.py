@@ -1,0 +1,1 @@
+"""Which draft tokens are which target tokens. Knows neither torch nor vLLM."""

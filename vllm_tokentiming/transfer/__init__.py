@@ -1,0 +1,1 @@
+"""Drafted tokens become proposals, and the draft's probabilities their proposal distributions. Knows tensors."""

@@ -1,0 +1,1 @@
+"""All that touches vLLM: the only folder that imports or patches it."""
