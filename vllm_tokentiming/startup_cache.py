@@ -43,7 +43,11 @@ _ON_HUB = ("tokenizer.json", "tokenizer_config.json", "tekken.json", "tokenizer.
 
 
 class StartupCache:
-    """Entries in a folder, each a few arrays under the name of what they come from."""
+    """Entries in a folder, each a few arrays under the name of what they come from.
+
+    Attributes:
+        folder: Where they are.
+    """
 
     def __init__(self, folder: Path, warn: Callable[[str], None] = lambda _: None) -> None:
         """Use a folder.
@@ -52,7 +56,7 @@ class StartupCache:
             folder: Made when the first entry is kept; may be removed at any time.
             warn: Told, in a sentence, about an entry that cannot be read or kept. The work is then done without it.
         """
-        self._folder = folder
+        self.folder = folder
         self._warn = warn
 
     def load(self, digest: str) -> Arrays | None:
@@ -83,18 +87,18 @@ class StartupCache:
         """
         passing = None
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self._folder, prefix="writing-", delete=False) as file:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.folder, prefix="writing-", delete=False) as file:
                 passing = file.name
                 np.savez(file, allow_pickle=False, **arrays)
             os.replace(passing, self._file(digest))
         except OSError as error:
-            self._warn(f"nothing can be kept in {self._folder} ({error}); the next start takes as long as this one.")
+            self._warn(f"nothing can be kept in {self.folder} ({error}); the next start takes as long as this one.")
             if passing is not None:
                 Path(passing).unlink(missing_ok=True)
 
     def _file(self, digest: str) -> Path:
-        return self._folder / f"{digest}.npz"
+        return self.folder / f"{digest}.npz"
 
     # Vocabularies.
 
