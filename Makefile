@@ -52,6 +52,7 @@ test: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 results: $(MEASURED:%=results-%)  # A compact set; one part alone: make results-kernels. With -k, whatever works.

@@ -192,6 +192,12 @@ def test_every_patch_says_since_when_it_is_needed_and_when_it_can_go(broken):
         assert "0.32.0" in since and until, name
 
 
+def test_the_list_for_upstream_has_every_patch_and_no_other(broken):
+    rows = (engine.TESTS.parent / "docs" / "upstream.md").read_text().splitlines()
+    listed = {row.split("`")[1].rpartition(".")[2] for row in rows if row.startswith("| `")}
+    assert listed == {name.rpartition(".")[2] for name in broken["patches"]}
+
+
 @pytest.mark.parametrize(
     "name",
     [
