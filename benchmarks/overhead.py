@@ -44,6 +44,7 @@ from vllm_tokentiming import context
 from vllm_tokentiming import drafter as drafting
 from vllm_tokentiming.align import transducer
 from vllm_tokentiming.align.transducer import Transducer
+from vllm_tokentiming.draft.batch import RequestSnapshot
 from vllm_tokentiming.draft.kv_pool import KVPool
 from vllm_tokentiming.draft.length import FixedLength
 from vllm_tokentiming.draft.sampling import DraftSampling
@@ -229,7 +230,7 @@ class Simulation:
         self._model = StandIn(pair.draft.token_bytes.size, self._usual)
         self._drafter = drafting.Drafter(pair, self._model, shared, FixedLength(), 2 * proposals)  # type: ignore[arg-type]
         self._proposals = proposals
-        self._model.requests = self._drafter._requests
+        self._model.requests = self._drafter.sequences.by_request
         self._sampling = DraftSampling(seed=0, temperature=1.0) if sampled else None
         self._num_target = [length + number for number in range(batch)]
         self._rng = random.Random(length)
@@ -244,7 +245,7 @@ class Simulation:
         """Propose once, and let the target verify; how many proposals of a request it accepted."""
         self._model.texts = [self._favoured(number) for number in self._num_target]
         batch = [
-            drafting.Committed(str(index), self._target_ids, number, self._proposals, self._sampling)
+            RequestSnapshot(str(index), self._target_ids, number, self._proposals, self._sampling)
             for index, number in enumerate(self._num_target)
         ]
         total = 0

@@ -100,7 +100,7 @@ def write_in_all_ways() -> dict:
     """In a fresh process: the greedy continuation of ragged prompts, several ways."""
     llm = engine.start_exact(block_size=32, speculative_config=engine.speculation(enable_prefix_caching=True))
     model = engine.drafter(llm)._model
-    tokenizer = engine.drafter(llm)._pair.draft.encoder
+    tokenizer = engine.drafter(llm).sequences._pair.draft.encoder
     prompts = [[1, *tokenizer.encode(text.encode())] for text in texts(None)[::17]]
     prompts += [[7], [1] + [i for prompt in prompts[:6] for i in prompt]]
     prompts += [prompts[-1] + prompt for prompt in prompts[:5]]

@@ -45,12 +45,12 @@ class Audit:
         self._scopes: dict[int, object] = {}  # By row.
         self._contexts: dict[int, list[int]] | None = None
         self.num_blocks = self._pool.num_free_blocks
-        self._forward, self._catch_up = self._model.forward, self._drafter._catch_up
-        self._model.forward, self._drafter._catch_up = self.forward, self.catch_up
+        self._forward, self._prefill = self._model.forward, self._drafter.sequences.prefill
+        self._model.forward, self._drafter.sequences.prefill = self.forward, self.prefill
 
-    def catch_up(self, requests):
-        pair = self._drafter._pair
-        for request_id, request in self._drafter._requests.items():
+    def prefill(self, requests):
+        pair = self._drafter.sequences._pair
+        for request_id, request in self._drafter.sequences.by_request.items():
             state = self._runner.requests.get(request_id)
             if state is None:
                 self.errors.append(f"request {request_id} is over")
@@ -62,7 +62,7 @@ class Audit:
         self._contexts = {request.row: request.context.draft_ids for request in requests}
         self._scopes |= {request.row: request.scope for request in requests}
         try:
-            return self._catch_up(requests)
+            return self._prefill(requests)
         finally:
             self._contexts = None
 
@@ -138,7 +138,7 @@ def _report(llm, audit: Audit, outputs: list) -> dict:
         "read again": audit.read_again,
         "blocks": audit.num_blocks,
         "blocks held": audit.num_blocks - pool.num_free_blocks,
-        "requests known": len(engine.drafter(llm)._requests),
+        "requests known": len(engine.drafter(llm).sequences.by_request),
         "rows held": len(pool.tables) - len(pool._free_rows),
     }
 

@@ -135,7 +135,7 @@ def break_everything() -> dict:
     with _replaced(integration, "_drop_padding", _half_of_the_padding):
         result["inner"]["half of the padding"] = _write(llm) | {"raised": 1}
     panic = _Fault(kind=PanicException)
-    with _replaced(engine.drafter(llm)._pair.draft.encoder, "encode_tail", panic):
+    with _replaced(engine.drafter(llm).sequences._pair.draft.encoder, "encode_tail", panic):
         result["inner"]["a panic"] = _write(llm) | {"raised": panic.num_raised}
     fault = _Fault()
     with (

@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 from vllm.config import VllmConfig
 
 from vllm_tokentiming.config import ATTRIBUTE, settings_in
+from vllm_tokentiming.draft.batch import RequestSnapshot
 from vllm_tokentiming.draft.sampling import DraftSampling, seed_of
-from vllm_tokentiming.drafter import Committed
 from vllm_tokentiming.tensors import upload
 from vllm_tokentiming.transfer.stages import Stage
 from vllm_tokentiming.verify import verify_stages
@@ -246,7 +246,7 @@ def _is_ours(drafter: Any) -> bool:
     return isinstance(drafter, TokenTimingProposer)
 
 
-def _take_over(runner: Any, scheduler_output: Any, sampled_token_ids: list[list[int]]) -> list[Committed]:
+def _take_over(runner: Any, scheduler_output: Any, sampled_token_ids: list[list[int]]) -> list[RequestSnapshot]:
     """Tell the proposer which requests are gone, and describe the batch that is there."""
     proposer, requests, batch = runner.drafter, runner.requests, runner.input_batch
     # A request that ends is gone from `requests`; if another one took its id in the same step, its state is another
@@ -278,7 +278,7 @@ def _take_over(runner: Any, scheduler_output: Any, sampled_token_ids: list[list[
             proposer.samplings[request_id] = parameters, sampling
         greedy = parameters.temperature < _GREEDY_BELOW
         committed.append(
-            Committed(
+            RequestSnapshot(
                 request_id,
                 batch.token_ids_cpu[index],
                 num_target,

@@ -28,8 +28,9 @@ from vllm_tokentiming.vllm.requirements import check_vllm
 from vllm_tokentiming.vllm.vocabulary_loader import load_pair, startup_cache
 
 if TYPE_CHECKING:
+    from vllm_tokentiming.draft.batch import RequestSnapshot
     from vllm_tokentiming.draft.protocol import DraftModel
-    from vllm_tokentiming.drafter import Committed, Drafter
+    from vllm_tokentiming.drafter import Drafter
     from vllm_tokentiming.vllm.metrics import Recorder
     from vllm_tokentiming.vocab.pair import VocabularyPair
 
@@ -59,7 +60,7 @@ class TokenTimingProposer:
         self.seed = self._settings.seed
         self.num_speculative_tokens: int = vllm_config.speculative_config.num_speculative_tokens
         # Set by the integration before each call of `propose`.
-        self.batch: list[Committed] = []
+        self.batch: list[RequestSnapshot] = []
         self.num_scheduled = 0  # Tokens in the target's pass.
         self.proposals = Proposals([])  # Taken by the integration after each call.
         self.owners: dict[str, Any] = {}  # vLLM's state object of each request, which tells a reused id apart.
@@ -243,7 +244,7 @@ class TokenTimingProposer:
             self._recorder = None
             logger.exception("TokenTiming can no longer write its metrics.")
 
-    def _measured(self, batch: list[Committed]) -> list[tuple[str, int, float]]:
+    def _measured(self, batch: list[RequestSnapshot]) -> list[tuple[str, int, float]]:
         """What the target's pass cost, and what those of the draft did in the step before."""
         drafter = self._loaded()
         costs, drafter.costs = drafter.costs, []

@@ -1,0 +1,199 @@
+"""A step of drafting on a stub in the place of the draft model: no vLLM, no weights, milliseconds.
+
+The stub knows a text. After any number of its tokens it favours the next one, and it checks what a real model relies
+on: spans fit into a pass, the shortest first, and no row reads a position that it has no room for.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from conftest import EMBEDDED, load_pair
+from truncation import truncate
+
+from vllm_tokentiming.align.transducer import Transducer
+from vllm_tokentiming.draft.batch import RequestSnapshot
+from vllm_tokentiming.draft.kv_pool import KVPool
+from vllm_tokentiming.draft.length import FixedLength
+from vllm_tokentiming.draft.protocol import DraftModel, Span
+from vllm_tokentiming.draft.sampling import DraftSampling
+from vllm_tokentiming.drafter import Drafter
+from vllm_tokentiming.transfer.proposals import Writer
+
+PROPOSALS, BLOCK = 4, 8
+TEXT = (
+    "The ferry leaves at half past seven, and nobody has bought a ticket yet. The captain waits for the mail, "
+    "for the baker's boy, and for the fog to lift."
+)
+
+
+class Stub:
+    """Favours the next token of a text, whatever it has been told to read."""
+
+    max_model_len = 256
+    device = torch.device("cpu")
+
+    def __init__(self, draft_ids: Sequence[int], vocab_size: int, num_blocks: int = 64, max_batch_tokens: int = 512):
+        self.vocab_size, self.max_batch_tokens = vocab_size, max_batch_tokens
+        self.pool = KVPool(num_blocks, BLOCK, num_rows=8, max_tokens=self.max_model_len)
+        self.spans: list[list[Span]] = []
+        self._draft_ids = draft_ids
+
+    def forward(self, spans: Sequence[Span]) -> torch.Tensor:
+        assert sum(len(span.draft_ids) for span in spans) <= self.max_batch_tokens
+        assert len({span.row for span in spans}) == len(spans)
+        assert all(len(left.draft_ids) <= len(right.draft_ids) for left, right in pairwise(spans))
+        self.spans.append(list(spans))
+        self.pool.copies.clear()
+        logits = torch.zeros(len(spans), self.vocab_size)
+        for row, span in enumerate(spans):
+            blocks = self.pool.tables[span.row, : -(-(span.start + len(span.draft_ids)) // BLOCK)]
+            assert (blocks > 0).all(), "the row has no room for what it reads"
+            position = span.start + len(span.draft_ids)
+            logits[row, self._draft_ids[min(position, len(self._draft_ids) - 1)]] = 12.0
+        return logits
+
+
+class Engine:
+    """Drafts for requests whose target writes `TEXT`."""
+
+    def __init__(self, strategy: str = "tokentiming", **sizes: int) -> None:
+        self.pair = load_pair(*EMBEDDED)
+        self.target_ids = np.array(self.pair.target.encoder.encode(TEXT.encode()), dtype=np.int32)
+        prefix = self.pair.draft_prefix
+        vocab_size, target_size = (side.token_bytes.size for side in (self.pair.draft, self.pair.target))
+        self.model = Stub([*prefix, *self.pair.draft.encoder.encode(TEXT.encode())], vocab_size, **sizes)
+        writer = Writer(
+            self.pair, Transducer(self.pair, one_to_one=strategy == "tli"), strategy, draft_size=vocab_size,
+            target_size=target_size, num_proposals=PROPOSALS, max_draft_tokens=2 * PROPOSALS, device=self.model.device,
+            max_q_bytes=1 << 30, length=FixedLength(), truncate=truncate,
+        )  # fmt: skip
+        model: DraftModel = self.model
+        self.drafter = Drafter(self.pair, model, writer, FixedLength(), 2 * PROPOSALS)
+
+    def snapshot(self, request_id: str, num_target: int, **given: object) -> RequestSnapshot:
+        return RequestSnapshot(request_id, self.target_ids, num_target, PROPOSALS, **given)
+
+    def true(self, num_target: int) -> list[int]:
+        return self.target_ids[num_target : num_target + PROPOSALS].tolist()
+
+
+@pytest.mark.parametrize("strategy", ["tokentiming", "slem", "tli"])
+def test_a_draft_that_knows_the_text_proposes_what_the_target_writes(strategy):
+    engine = Engine(strategy)
+    (proposed,) = engine.drafter.propose([engine.snapshot("a", 5, greedy=True)]).target_ids
+    # The intersection of both vocabularies lacks later tokens of this text.
+    length = 2 if strategy == "tli" else PROPOSALS
+    assert proposed[:length] == engine.true(5)[:length]
+
+
+def test_a_sampled_request_gets_the_distribution_that_its_proposals_were_drawn_from():
+    engine = Engine()
+    sampling = DraftSampling(seed=3, temperature=1.0)
+    proposals = engine.drafter.propose([engine.snapshot("a", 5, sampling=sampling)])
+    (proposed,) = proposals.target_ids
+    assert proposals.q is not None and proposals.q_request_ids == ["a"]
+    rows = proposals.q[0, : len(proposed)]
+    torch.testing.assert_close(rows.sum(-1), torch.ones(len(proposed)), atol=1e-4, rtol=0)
+    assert (rows[range(len(proposed)), proposed] > 0).all()
+
+
+def test_accepted_draft_tokens_are_not_read_again():
+    engine = Engine()
+    (proposed,) = engine.drafter.propose([engine.snapshot("a", 5, greedy=True)]).target_ids
+    before, passes = engine.drafter.counts.read, len(engine.model.spans)
+    engine.drafter.propose([engine.snapshot("a", 5 + len(proposed) + 1, greedy=True)])
+    assert engine.drafter.counts.kept > 0
+    (span,) = engine.model.spans[passes]
+    assert span.start >= before, "reading goes on behind what was drafted and accepted"
+
+
+def test_a_rejected_draft_leaves_nothing_behind():
+    engine, fresh = Engine(), Engine()
+    engine.drafter.propose([engine.snapshot("a", 5, greedy=True)])
+    # The target wrote something else than was proposed.
+    other = engine.target_ids.copy()
+    other[5:7] = engine.pair.target.encoder.encode(b"zebra")[:2]
+    given = {"target_ids": other, "num_target": 7, "max_proposals": PROPOSALS, "greedy": True}
+    written = [e.drafter.propose([RequestSnapshot("a", **given)]).target_ids for e in (engine, fresh)]
+    assert written[0] == written[1]
+    ids = [e.drafter.sequences.by_request["a"].context.draft_ids for e in (engine, fresh)]
+    assert ids[0] == ids[1]
+
+
+def test_requests_draft_together_one_token_each_in_a_pass():
+    engine = Engine()
+    engine.drafter.propose([engine.snapshot(name, 5 + i, greedy=True) for i, name in enumerate("abc")])
+    reading, *drafting = engine.model.spans
+    assert len(reading) == 3
+    assert drafting and all(len(span.draft_ids) == 1 for spans in drafting for span in spans)
+    assert len(drafting[0]) == 3
+
+
+def test_requests_that_begin_alike_are_read_once():
+    engine = Engine()
+    salt = {"cache_salt": "", "greedy": True}
+    engine.drafter.propose([engine.snapshot(name, 24, **salt) for name in "ab"])
+    second, first = (len(span.draft_ids) for span in engine.model.spans[0])
+    assert engine.drafter.counts.reused == first - second >= 2 * BLOCK
+
+
+def test_a_prompt_that_is_longer_than_a_pass_is_read_in_chunks():
+    engine = Engine(max_batch_tokens=16)
+    written = [engine.drafter.propose([engine.snapshot("a", 30, greedy=True)]).target_ids[0] for _ in range(4)]
+    assert written[0] == [] and written[-1] == engine.true(30)
+    assert engine.drafter.counts.not_drafted["reading"] > 0
+
+
+def test_a_request_without_room_loses_its_proposals_and_no_other_request_does():
+    engine = Engine(num_blocks=1 + 6)  # Enough for one of these requests, not for two.
+    first, second = engine.drafter.propose([engine.snapshot(name, 24, greedy=True) for name in "ab"]).target_ids
+    assert sorted([first, second]) == sorted([engine.true(24), []])
+    assert engine.drafter.counts.not_drafted["blocks"] == 1
+
+
+def test_blocks_of_requests_that_wait_are_taken_for_those_that_run():
+    engine = Engine(num_blocks=1 + 6)
+    for name in "abab":  # Never both in a batch.
+        assert engine.drafter.propose([engine.snapshot(name, 24, greedy=True)]).target_ids == [engine.true(24)]
+
+
+def test_all_blocks_come_back_when_requests_are_released():
+    engine = Engine()
+    free = engine.model.pool.num_free_blocks
+    engine.drafter.propose([engine.snapshot(name, 12, greedy=True) for name in "abc"])
+    assert engine.model.pool.num_free_blocks < free
+    engine.drafter.release("abc")
+    assert engine.model.pool.num_free_blocks == free
+    assert not engine.drafter.sequences.by_request
+
+
+def test_an_id_that_is_given_to_another_request_begins_anew():
+    engine = Engine()
+    engine.drafter.propose([engine.snapshot("a", 20, greedy=True)])
+    assert engine.drafter.propose([engine.snapshot("a", 5, greedy=True)]).target_ids == [engine.true(5)]
+
+
+def test_a_context_that_is_too_long_for_the_draft_goes_without_proposals():
+    engine = Engine()
+    engine.model.max_model_len = 20
+    assert engine.drafter.propose([engine.snapshot("a", 30, greedy=True)]).target_ids == [[]]
+    assert engine.drafter.counts.not_drafted["positions"] == 1
+
+
+def test_a_target_id_outside_the_vocabulary_is_not_read():
+    engine = Engine()
+    engine.target_ids[3] = engine.pair.target.token_bytes.size
+    with pytest.raises(IndexError):
+        engine.drafter.propose([engine.snapshot("a", 5, greedy=True)])
+
+
+def test_every_second_is_counted_in_the_phase_that_took_it():
+    engine = Engine()
+    engine.drafter.propose([engine.snapshot("a", 12, greedy=True)])
+    seconds = engine.drafter.clock.seconds
+    assert set(seconds) == {"context", "read", "write", "draft"} and min(seconds.values()) > 0
+    kinds = [kind for kind, _, _ in engine.drafter.costs]
+    assert kinds == ["first", *["later"] * (len(engine.model.spans) - 1)]
