@@ -29,7 +29,7 @@ from vllm_tokentiming.vocab.pair import VocabularyPair
 
 @dataclass(frozen=True)
 class Drafted:
-    """What the draft wrote after a context, and its proxy target sequence."""
+    """The tokens drafted after a context, and their proxy target sequence."""
 
     draft_ids: list[int]
     proxy: Proxy
@@ -153,7 +153,7 @@ class DraftContext:
 
 
 def _readable(target_ids: Sequence[int], start: int, unread: Sequence[tuple[int, int]]) -> list[int]:
-    """The ids, of which the first one's position is ``start``, without those in the ranges."""
+    """Return the ids, of which the first one's position is ``start``, without those in the ranges."""
     readable: list[int] = []
     index = 0
     for first, end in unread:

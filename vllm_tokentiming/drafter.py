@@ -38,7 +38,7 @@ from vllm_tokentiming.vocab.pair import VocabularyPair
 
 @dataclass(frozen=True)
 class Proposals:
-    """What a step proposes.
+    """The proposals of one step.
 
     Attributes:
         target_ids: Per request, up to ``max_proposals`` target ids.
@@ -98,7 +98,7 @@ class Drafter:
         self._model.pool.forget_prefixes()
 
     def numbers(self) -> dict[str, float | dict[str, int] | Counter[str]]:
-        """What has been counted since the start, under the names of ``metrics.COUNTERS`` and ``metrics.GAUGES``."""
+        """Return all counts since the start, under the names of ``metrics.COUNTERS`` and ``metrics.GAUGES``."""
         counts, pool = self.counts, self._model.pool
         kinds = ("encoded", "read", "reread", "reused", "drafted", "kept")
         return {
@@ -188,7 +188,7 @@ class Drafter:
         return Proposals(target_ids, self._writer.q, request_ids, stages)
 
     def _chains(self, batch: Sequence[RequestSnapshot], requests: Sequence[DraftSequence]) -> dict[int, Chain]:
-        """A chain for each request that could draft, by its place in the batch."""
+        """Return a chain for each request that could draft, by its place in the batch."""
         return {
             index: Chain(
                 request.history,

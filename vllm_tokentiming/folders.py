@@ -1,4 +1,4 @@
-"""What the folder of a model has to hold, looked at before anything is loaded from it.
+"""Checks of a model's folder, made before anything is loaded from it.
 
 transformers and vLLM take what is no folder for a name on the Hugging Face hub, and then say what is wrong with the
 name. The checks here say what is wrong with the folder. Names on the hub are left to vLLM.
@@ -24,7 +24,7 @@ _LFS_POINTER = b"version https://git-lfs"
 
 
 def local_folder(name: str) -> Path | None:
-    """The folder that a model's name stands for.
+    """Return the folder that a model's name stands for.
 
     Args:
         name: A folder, a name on the Hugging Face hub, or a URL.
@@ -110,14 +110,14 @@ def tokenizer_fault(name: str, error: Exception) -> str:
 
 
 def offline() -> str:
-    """What to add to an error about a name on the hub where the hub is not asked; else nothing."""
+    """Return what to add to an error about a name on the hub; nothing, unless the hub is not asked."""
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("0", "", "false", "no", "off"):
         return ""
     return " (HF_HUB_OFFLINE is set, so that only what has been downloaded before is found)"
 
 
 def is_pointer(beginning: bytes) -> bool:
-    """Whether a file that begins so is a pointer of Git LFS, which stands for the file itself."""
+    """Return whether a file that begins so is a pointer of Git LFS, which stands for the file itself."""
     return beginning.startswith(_LFS_POINTER)
 
 

@@ -1,4 +1,4 @@
-"""What a pair of vocabularies will be like, told before anything is started."""
+"""Describes a pair of vocabularies before anything is started."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def _warnings(pair: VocabularyPair, found: dict[str, Any]) -> list[str]:
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """A description for a reader.
+    """Return a description for a reader.
 
     Args:
         found: From ``inspect``.

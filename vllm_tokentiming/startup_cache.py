@@ -178,7 +178,7 @@ class StartupCache:
 
 
 def tokenizer_digest(name: str, revision: str | None, loaded_by: str) -> str | None:
-    """The name of a vocabulary's entry.
+    """Return the name of a vocabulary's entry.
 
     Args:
         name: A folder, or a name on the Hugging Face hub.
@@ -200,7 +200,7 @@ def tokenizer_digest(name: str, revision: str | None, loaded_by: str) -> str | N
 
 
 def _on_hub(name: str, revision: str | None) -> Path | None:
-    """The folder that the hub's client keeps a downloaded repository in."""
+    """Return the folder that the hub's client keeps a downloaded repository in."""
     for file in _ON_HUB:
         found = try_to_load_from_cache(name, file, revision=revision)
         if isinstance(found, str):
@@ -214,7 +214,7 @@ def _digest_of(*parts: str) -> str:
 
 @cache
 def _code_digest() -> str:
-    """What reads tokenizers: this package's code, and the libraries."""
+    """Return a digest of all that reads tokenizers: this package's code, and the libraries."""
     code = sorted(Path(__file__).parent.rglob("*.py"))
     digest = hashlib.sha256(f"{version('tokenizers')} {version('transformers')}".encode())
     for file in code:

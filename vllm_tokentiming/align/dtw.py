@@ -38,7 +38,7 @@ __all__ = ["LocalCost", "Warp", "span_blocks", "span_blocks_of_pieces", "warp", 
 
 
 class LocalCost(Enum):
-    """What it costs to put one draft token opposite one target token."""
+    """The cost of putting one draft token opposite one target token."""
 
     LEVENSHTEIN = "levenshtein"
     """The edit distance of the two byte strings without their leading spaces (0x20), divided by the length
@@ -122,7 +122,7 @@ def warp_blocks(
     window: int = 8,
     cost: LocalCost = LocalCost.LEVENSHTEIN,
 ) -> NDArray[np.int32]:
-    """The blocks of :func:`warp` alone, without writing down the path.
+    """Return the blocks of :func:`warp` alone, without writing down the path.
 
     >>> warp_blocks([b"un", b"believ", b"able"], [b"unbeliev", b"able"]).tolist()
     [[0, 2, 0, 1], [2, 3, 1, 2]]

@@ -51,7 +51,7 @@ class AlignmentPrior:
         np.add.at(self._aligned, draft_ids, weight * (start_aligned & end_aligned))
 
     def weights(self, smoothing: float = 1.0) -> npt.NDArray[np.float64]:
-        """The prior, ``[draft size]``, in (0, 1].
+        """Return the prior, ``[draft size]``, in (0, 1].
 
         Args:
             smoothing: Occurrences' worth of trust in an unseen token being aligned.

@@ -77,7 +77,7 @@ def align(pair: VocabularyPair, drafted_ids: Sequence[int], proxy: Proxy) -> npt
 
 
 def aligned_draft_tokens(blocks: npt.NDArray[np.int32], num_target: int) -> tuple[int, int]:
-    """The longest run of whole blocks that the first ``num_target`` proxy tokens hold.
+    """Return the longest run of whole blocks that the first ``num_target`` proxy tokens hold.
 
     Args:
         blocks: ``[B, 4] int32``, from ``align``.

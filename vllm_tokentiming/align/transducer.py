@@ -53,7 +53,7 @@ def incomplete_tail(data: bytes) -> int:
 
 
 def is_piece(data: bytes) -> bool:
-    """Whether ``data`` is nothing but the beginning of a UTF-8 character."""
+    """Return whether ``data`` is an incomplete UTF-8 character and nothing else."""
     return incomplete_tail(data) == len(data)
 
 
@@ -146,7 +146,7 @@ class Transducer:
                 self._left_pending[draft_id] = pending
 
     def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """What takes long to work out, to be stored."""
+        """Return the tables that take long to work out, to be stored."""
         pending = {
             "left": [(draft_id, left.hex()) for draft_id, left in self._left_pending.items()],
             "waits": [
@@ -208,7 +208,7 @@ class Transducer:
         return encoder.encode(data[: len(data) - wait]), data[len(data) - wait :]
 
     def alternatives(self, emitted_ids: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The draft tokens that, with nothing pending, emit ``emitted_ids`` and more.
+        """Return the draft tokens that, with nothing pending, emit ``emitted_ids`` and more.
 
         Args:
             emitted_ids: At least one target id.
@@ -226,7 +226,7 @@ class Transducer:
         return found
 
     def alone(self, pending: bytes) -> int:
-        """The first target token of waiting bytes that nothing follows; any, where the target cannot write them.
+        """Return the first target token of waiting bytes that nothing follows; any, where the target cannot write them.
 
         Args:
             pending: The bytes.
@@ -242,7 +242,7 @@ class Transducer:
         return self._waits.get(pending, NOTHING)
 
     def _spelled(self) -> dict[bytes, Waits]:
-        """``waits``, from how the draft spells each target token; not of those that a draft token emits at once."""
+        """Work ``waits`` out from how the draft spells each target token that no draft token emits at once."""
         target_bytes, draft = self._pair.target.token_bytes, self._pair.draft
         # What the draft may leave pending has a group, even if it stands for nothing.
         found: dict[bytes, dict[int, bytes]] = defaultdict(dict, {b"": {}})

@@ -1,4 +1,4 @@
-"""What drafting is told of each request."""
+"""The state of a request, as a step of drafting gets it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What passes cost on this machine, as measured while it serves.
+"""The cost of passes on this machine, measured while it serves.
 
 Measured and not computed, so that whatever a pass really costs is in it: the scheduler, other processes, a device that
 is filled up by large batches.
@@ -27,7 +27,7 @@ class CostTable:
         self._seconds: list[float] = []
 
     def __bool__(self) -> bool:
-        """Whether anything has been measured."""
+        """Return whether anything has been measured."""
         return bool(self._tokens)
 
     def number(self, tokens: int) -> int:
@@ -56,7 +56,7 @@ class CostTable:
 
 
 def _rising(measured: list[tuple[float, int]]) -> list[float]:
-    """The rising sequence that is nearest to some values, given with their weights (pool adjacent violators)."""
+    """Return the rising sequence that is nearest to some values, given with their weights (pool adjacent violators)."""
     pools: list[tuple[float, int, int]] = []  # Value, weight, number of values.
     for value, weight in measured:
         number = 1

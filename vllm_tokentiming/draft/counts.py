@@ -1,4 +1,4 @@
-"""What drafting counts; ``vllm/metrics.py`` shows it."""
+"""Counts of drafting, which ``vllm/metrics.py`` shows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Counts:
-    """What was done, since the start, in tokens of the draft if nothing else is said.
+    """Counts since the start, in draft tokens if nothing else is said.
 
     Attributes:
         passes: Of the model.

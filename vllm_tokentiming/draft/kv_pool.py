@@ -168,7 +168,7 @@ class KVPool:
         self.copies.clear()
 
     def _before(self, row: int) -> Hashable:
-        """What comes before the first block of a row that is not filed."""
+        """Return the key of the prefix before the first block of a row that is not filed."""
         filed = self._filed[row]
         return self._index.after(int(self.tables[row, filed - 1])) if filed else (self._scopes[row],)
 

@@ -26,7 +26,7 @@ class KVSize:
 
 
 def longest_sequence(draft_max_len: int, target_max_len: int, max_draft_tokens: int) -> int:
-    """The longest sequence of the draft's that the longest text of the target needs.
+    """Return the longest sequence of the draft's that the longest text of the target needs.
 
     Args:
         draft_max_len: Longest sequence that the draft model allows, in draft tokens.

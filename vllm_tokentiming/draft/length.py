@@ -104,7 +104,7 @@ class History:
 
 @dataclass
 class Chain:
-    """What is being drafted for one request in one step.
+    """The drafting of one request in one step.
 
     Attributes:
         history: Of the request.
@@ -339,7 +339,7 @@ class AdaptiveLength(FixedLength):
         table.observe(tokens, seconds / self._speed)
 
     def _reading(self, chains: Sequence[Chain]) -> float:
-        """What it costs to read what was missed, shared out among the steps that will have use of it."""
+        """Return the cost of reading missed tokens, shared among the steps that use them."""
         lag = sum(chain.lag for chain in chains)
         usual = sum(min(chain.lag, _USUAL_LAG) for chain in chains)
         return max(0.0, self._first(lag) - self._first(usual)) / _STEPS_OF_USE
@@ -352,7 +352,7 @@ class AdaptiveLength(FixedLength):
         return chain.history.pause.over()
 
     def _wants_plain(self, num_requests: int) -> bool:
-        """Whether a plain step is to be made, to know what it costs."""
+        """Return whether to make a plain step, to measure its cost."""
         known = self._target.number(num_requests)
         if self._since_plain < (_PLAIN_EVERY if known else _PLAIN_AT_MOST_EVERY):
             return False

@@ -37,19 +37,19 @@ class PrefixIndex:
         self._serials = itertools.count()
 
     def __contains__(self, block: int) -> bool:
-        """Whether a block is filed."""
+        """Return whether a block is filed."""
         return block in self._entries
 
     def after(self, block: int) -> Hashable:
-        """What comes before the block that follows a filed one."""
+        """Return the key of the prefix that ends with a filed block."""
         return self._entries[block].serial
 
     def find(self, before: Hashable, ids: Sequence[int]) -> int | None:
-        """The block that holds exactly ``[block_size]`` ids, if there is one."""
+        """Return the block that holds exactly ``[block_size]`` ids, if there is one."""
         return self._blocks.get((before, _bytes(ids)))
 
     def find_beginning(self, before: Hashable, ids: Sequence[int]) -> tuple[int, int]:
-        """A block that begins like ``ids``.
+        """Return a block that begins like ``ids``.
 
         Returns:
             The block and how many ids it shares; 0 of them if there is none.

@@ -1,4 +1,4 @@
-"""What drafting asks of a draft model, so that it needs no vLLM: tests draft with stubs."""
+"""The interface of a draft model. Drafting needs no vLLM behind it: tests draft with stubs."""
 
 from __future__ import annotations
 

@@ -44,13 +44,13 @@ class DraftSampling:
 
 
 def seed_of(request_id: str, seed: int | None, draft_seed: int = 0) -> int:
-    """The draft's seed for a request: from the request's own, or, if it has none, from its id; and from the user's."""
+    """Return the draft's seed for a request: from the request's seed, else from its id, and from the user's seed."""
     text = f"{draft_seed} " + (f"seed {seed}" if seed is not None else f"id {request_id}")
     return int.from_bytes(hashlib.blake2b(f"tokentiming draft {text}".encode(), digest_size=8).digest(), "little")
 
 
 def uniforms(seed: int, position: int, number: int) -> list[float]:
-    """``number`` uniform numbers in [0, 1), one for each pass of a step that begins at a position.
+    """Return ``number`` uniform numbers in [0, 1), one for each pass of a step that begins at a position.
 
     A hash of where they belong: setting numpy's Philox up for so few of them takes several times as long.
     """

@@ -29,7 +29,7 @@ class DraftSequence:
 
     @property
     def is_prefilled(self) -> bool:
-        """Whether all of its context has been read."""
+        """Return whether all of its context has been read."""
         return self.num_cached == len(self.context.draft_ids)
 
     @property

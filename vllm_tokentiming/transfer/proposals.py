@@ -1,4 +1,4 @@
-"""What the draft writes, and what it proposes by it: the strategies, side by side over one engine.
+"""Turns draft logits into proposals: the strategies, side by side over one engine.
 
 | strategy | greedy request | sampled request | ``q`` |
 |---|---|---|---|
@@ -40,7 +40,7 @@ _MOST_LOGITS = 1 << 24  # That are worked on at once: 64 requests with a vocabul
 
 @dataclass
 class Draft:
-    """What the draft has written for one request in this step.
+    """The draft of one request in this step.
 
     Attributes:
         index: The request's place in the batch.
@@ -85,7 +85,7 @@ class Draft:
 
     @property
     def done(self) -> bool:
-        """Whether more drafting could add no proposal, or is not worth it."""
+        """Return whether more drafting could add no proposal, or is not worth it."""
         return self.stopped or self.proxy.ended or len(self.proxy.target_ids) >= self.max_proposals
 
 
@@ -169,7 +169,7 @@ class Writer:
         self.one_hot: Counter[str] = Counter()
 
     def pieces_after(self, draft_ids: Sequence[int]) -> bool:
-        """Whether pieces of characters may be drafted after a context: not where all has been ASCII lately.
+        """Return whether incomplete characters may be drafted after a context: not where all was ASCII lately.
 
         In such text they hardly ever are what comes, and every draw would have to be checked for them.
         """
@@ -296,7 +296,7 @@ class Writer:
                 logits[upload(rows, self._device)[:, None], draft_ids] = float("-inf")
 
     def _likeliest(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What greedy requests draft ``[n]``, with how likely that is."""
+        """Choose the draft token of each greedy request ``[n]``, and return its probability with it."""
         if not self._pushes:
             confidences, next_ids = logits.softmax(-1, dtype=torch.float32).max(-1)
             return confidences, next_ids

@@ -33,7 +33,7 @@ RARE = 0.05  # Probability of waiting, below which it is not worth a stage.
 
 @dataclass(frozen=True)
 class Candidates:
-    """What may be drawn with bytes pending.
+    """The draft tokens that may be drawn with bytes pending.
 
     Attributes:
         pending: The bytes.
@@ -48,7 +48,7 @@ class Candidates:
     emissions: list[tuple[list[int], bytes]]
 
     def next_ids(self, emitted_ids: list[int]) -> tuple[list[int], list[float]]:
-        """What those that emit ``emitted_ids`` and more emit next, and their probabilities."""
+        """Return the next target ids of the draft tokens that emit ``emitted_ids`` and more, with probabilities."""
         depth = len(emitted_ids)
         alike = [
             (emitted[depth], mass)
@@ -105,7 +105,7 @@ class Transfer:
         return waits.squeeze(1)
 
     def first_rows(self, probs: torch.Tensor, waits: bool = False, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The law of the first emitted token, with nothing pending.
+        """Return the law of the first emitted token, with nothing pending.
 
         Args:
             probs: ``Q``, ``[n, draft size]``; 0 for what must not be drafted.
@@ -119,7 +119,7 @@ class Transfer:
         return q.index_add_(1, self._first, probs.index_fill(1, self.waiting, 0) if waits else probs)
 
     def likeliest(self, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The draft token to write if the likeliest target token is to be proposed.
+        """Return the draft token to write if the likeliest target token is to be proposed.
 
         A target token is as likely as the draft tokens together that emit it first, and among those the likeliest is
         written. One that emits nothing yet stands for itself alone: it is not known what it will be a part of. Only the
@@ -142,7 +142,7 @@ class Transfer:
         return confidences.squeeze(1), draft_ids.gather(1, best).squeeze(1)
 
     def later_row(self, probs: torch.Tensor, emitted_ids: tuple[int, ...]) -> torch.Tensor:
-        """The law of the next token of an emission that began with ``emitted_ids``, with nothing pending.
+        """Return the law of the next token of an emission that began with ``emitted_ids``, with nothing pending.
 
         Args:
             probs: ``Q``, ``[draft size]``.
@@ -156,12 +156,12 @@ class Transfer:
         return self._row(torch.from_numpy(next_ids).to(self._device, non_blocking=True), mass)
 
     def later_candidate_row(self, candidates: Candidates, emitted_ids: list[int]) -> torch.Tensor:
-        """The same, with bytes pending."""
+        """Do the same with bytes pending."""
         next_ids, masses = candidates.next_ids(emitted_ids)
         return self._row(upload(next_ids, self._device), upload(masses, self._device))
 
     def first_stage(self, probs: torch.Tensor, at_once: torch.Tensor, left: bytes | None, uniform: float) -> Stage:
-        """The stage of a draw with nothing pending.
+        """Return the stage of a draw with nothing pending.
 
         Args:
             probs: ``Q``, ``[draft size]``.
@@ -176,7 +176,7 @@ class Transfer:
         return Stage(groups, at_once, waiting, self._group(b"", left), uniform)
 
     def later_stage(self, candidates: Candidates, at_once: torch.Tensor, left: bytes | None, uniform: float) -> Stage:
-        """The stage of a draw with bytes pending; see ``first_stage``.
+        """Return the stage of a draw with bytes pending; see ``first_stage``.
 
         Args:
             candidates: What could have been drawn.
@@ -198,7 +198,7 @@ class Transfer:
         return Stage(groups, at_once, upload(waiting, self._device), drawn, uniform)
 
     def candidates(self, probs: torch.Tensor, pending: Sequence[bytes]) -> list[Candidates]:
-        """The draft tokens that may be drawn with bytes pending: the likeliest.
+        """Return the draft tokens that may be drawn with bytes pending: the likeliest.
 
         Those that commit at once what the draft spells by waiting are left out: it would be rejected.
 
@@ -223,7 +223,7 @@ class Transfer:
         )
 
     def any_of(self, stage: Stage, pending: bytes) -> int:
-        """A target token to propose after a stage that was not followed by another one.
+        """Return a target token to propose after a stage that was not followed by another one.
 
         Args:
             stage: It.
@@ -233,7 +233,7 @@ class Transfer:
         return found if found >= 0 else self._transducer.alone(pending)
 
     def paper_row(self, probs: torch.Tensor, draft_id: int, target_id: int) -> torch.Tensor:
-        """The published transfer (arXiv 2510.15545): **not exact**, for comparison only.
+        """Apply the published transfer (arXiv 2510.15545): **not exact**, for comparison only.
 
         The aligned draft token's probability goes to the proxy token, the others' to what they would emit alone. The
         proxy token came out of the whole drafted text, so this is not the law that it was drawn from.

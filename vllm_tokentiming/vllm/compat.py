@@ -43,13 +43,13 @@ def _from_request(original: Any, cls: Any, request: Any, *args: Any, **kwargs: A
 
 
 def cache_salts(scheduler_output: Any) -> dict[str, str]:
-    """The salts of a step's new requests, by request id: "" where there is none; left out where it is not known."""
+    """Return the salt of each new request by its id: "" where there is none; left out where it is not known."""
     new = [data for data in scheduler_output.scheduled_new_reqs if hasattr(data, "cache_salt")]
     return {data.req_id: data.cache_salt or "" for data in new}
 
 
 def verifier_takes_q() -> bool:
-    """Whether the model runner hands ``_draft_probs`` to the rejection sampler, whoever set them."""
+    """Return whether the model runner hands ``_draft_probs`` to the rejection sampler, whoever set them."""
     return not missing(FOR_Q)
 
 
@@ -87,7 +87,7 @@ def _expand_in_python(
 
 
 def without_padding(logits: Any, metadata: Any, num_proposed: list[int]) -> tuple[Any, Any]:
-    """What the rejection sampler is to verify, without proposals that are none.
+    """Leave out of verification the proposals that are padding.
 
     Where a prompt has one token that is not in the cache, the scheduler of 0.32 gives the request -1 for each proposal,
     so that its step looks like the others'. That takes the proposal probabilities from the whole batch, since the

@@ -118,7 +118,7 @@ def _explained(
 
 
 def writes_no_text(settings: TokenTimingConfig, target: ModelConfig) -> bool:
-    """Whether vLLM would run the draft model for embeddings, scores or classes, if it were asked for nothing else."""
+    """Return whether vLLM would, unasked, run the draft model for embeddings, scores or classes."""
     try:
         return bool(_build(settings, target, runner="auto").runner_type == "pooling")
     except Exception:

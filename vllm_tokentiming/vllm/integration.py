@@ -45,14 +45,14 @@ def settings_of(vllm_config: VllmConfig) -> Mapping[str, Any]:
 
 
 def describe_special_tokens(pair: VocabularyPair) -> str:
-    """The special-token map in words, for the log."""
+    """Return the special-token map in words, for the log."""
     target, draft = pair.target.token_bytes.special, pair.draft.token_bytes.special
     shown = [f"{target[t]} = {draft[d]}" for t, d in sorted(pair.special.to_draft.items())]
     return ", ".join(shown[:8] + (["..."] if len(shown) > 8 else [])) or "none in common"
 
 
 def recorder(vllm_config: VllmConfig) -> Recorder | None:
-    """What writes this worker's metrics: of ranks that do the same, the first one's count."""
+    """Return the recorder of this worker's metrics; of ranks that do the same, only the first one counts."""
     from vllm.distributed import get_tp_group
 
     if not get_tp_group().is_first_rank:
@@ -62,7 +62,7 @@ def recorder(vllm_config: VllmConfig) -> Recorder | None:
 
 
 def agree(found: T) -> T:
-    """What the first rank has found: all ranks have to decide alike."""
+    """Broadcast what the first rank has found, so that all ranks decide alike."""
     from vllm.distributed import get_tp_group
 
     agreed: T = get_tp_group().broadcast_object(found, src=0)
@@ -147,7 +147,7 @@ def _sample(sample: Any, runner: Any, logits: Any, spec_decode_metadata: Any) ->
 
 
 def _to_verify(runner: Any, logits: Any, metadata: Any) -> tuple[Any, Any, dict[int, list[Stage]]]:
-    """What there is to verify in a step: logits and metadata for ``_sample``, and the stages by row."""
+    """Return the logits and metadata that ``_sample`` verifies in a step, and the stages by row."""
     num_proposed = _drop_padding(runner, len(metadata.num_draft_tokens))
     if num_proposed is not None and num_proposed != list(metadata.num_draft_tokens):
         logits, metadata = compat.without_padding(logits, metadata, num_proposed)
@@ -217,7 +217,7 @@ def _one_hot(verify: Any, _fault: Exception, *args: Any, **kwargs: Any) -> Any:
 
 
 def _stages(runner: Any, num_proposed: list[int]) -> dict[int, list[Stage]]:
-    """The stages of a step's proposals that have any, by their rows in the rejection sampler."""
+    """Return the stages of a step's proposals that have any, by their rows in the rejection sampler."""
     stages, row, found = runner.drafter.proposals.stages, 0, {}
     if not stages:
         return {}

@@ -1,4 +1,4 @@
-"""What differs between devices for the draft, in one place: how much memory there is."""
+"""The memory of a device: the one thing about the draft that differs between devices."""
 
 from __future__ import annotations
 

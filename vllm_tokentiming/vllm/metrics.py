@@ -1,4 +1,4 @@
-"""What the draft does, on vLLM's page of metrics and in ``LLM.get_metrics()``.
+"""Shows what the draft does on vLLM's page of metrics and in ``LLM.get_metrics()``.
 
 The draft works in a worker, the page is made in the front end, and vLLM has no way from one to the other that is open
 to plugins. ``prometheus_client`` has one for any processes: files that both map into memory. The front end makes one
@@ -135,7 +135,7 @@ class Recorder:
 
     @property
     def is_seen(self) -> bool:
-        """Whether a front end shows what is written."""
+        """Return whether a front end shows what is written."""
         return bool(self._files)
 
     def write(self, values: Mapping[str, float | Mapping[str, float]]) -> None:

@@ -25,7 +25,7 @@ Function = Callable[..., Any]
 
 
 def leave_alone(original: Function, _fault: Exception, *args: Any, **kwargs: Any) -> Any:
-    """The usual ``instead``: what vLLM does without us."""
+    """Do what vLLM does without us: the usual ``instead``."""
     return original(*args, **kwargs)
 
 
@@ -94,7 +94,7 @@ class Patch:
             logger.exception("TokenTiming's part of vLLM's %s failed.", self.name)
 
     def stands(self, found: Any) -> bool:
-        """Whether a function is our replacement, or wraps it as ``functools.wraps`` does."""
+        """Return whether a function is our replacement, or wraps it as ``functools.wraps`` does."""
         while found is not None:
             if found is self.replacement:
                 return True

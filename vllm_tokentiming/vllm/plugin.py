@@ -87,7 +87,7 @@ def _create_speculative_config(
 
 
 def _split(given: dict[str, Any], engine_args: Any) -> tuple[dict[str, Any], Mapping[str, Any]]:
-    """What is vLLM's of a speculative configuration, and our settings.
+    """Divide a speculative configuration into vLLM's part and our settings.
 
     Raises:
         SettingsError: They are given twice, not at all, or cannot be read.
@@ -108,7 +108,7 @@ def _split(given: dict[str, Any], engine_args: Any) -> tuple[dict[str, Any], Map
 
 
 def _asked_for(engine_args: Any) -> dict[str, Any] | None:
-    """The speculative configuration, with vLLM's shorthand options for three of its keys; ``None`` if it is not for us.
+    """Return the speculative configuration with vLLM's shorthand options; ``None`` if it is not for us.
 
     Raises:
         SettingsError: It is meant for us and cannot be read.
@@ -136,7 +136,7 @@ def _asked_for(engine_args: Any) -> dict[str, Any] | None:
 
 
 def _stop_if_asked_for(original: Any, fault: Exception, engine_args: Any, *args: Any, **kwargs: Any) -> Any:
-    """A fault of ours stops the start of those who ask for us, and of nobody else."""
+    """Stop, after a fault of ours, the start of those who ask for us, and of nobody else."""
     if _asked_for(engine_args) is not None:
         raise fault
     return original(engine_args, *args, **kwargs)

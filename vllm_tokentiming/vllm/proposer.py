@@ -245,7 +245,7 @@ class TokenTimingProposer:
             logger.exception("TokenTiming can no longer write its metrics.")
 
     def _measured(self, batch: list[RequestSnapshot]) -> list[tuple[str, int, float]]:
-        """What the target's pass cost, and what those of the draft did in the step before."""
+        """Collect the cost of the target's pass, and of the draft's passes in the step before."""
         drafter = self._loaded()
         costs, drafter.costs = drafter.costs, []
         seen = {committed.request_id for committed in batch}

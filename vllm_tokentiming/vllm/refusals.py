@@ -1,4 +1,4 @@
-"""What can be known to stop a draft in a worker before a worker starts; and what works, but is hardly meant.
+"""Refuses, before a worker starts, a draft that no worker could use, and warns of what is hardly meant.
 
 vLLM's front end has neither a device nor the models. It has their folders, their configurations, and the size of the
 device's memory. What is refused here would be refused by each worker, in a traceback of its process. Memory is refused
@@ -107,7 +107,7 @@ def refuse_draft(
 
 
 def _folder(settings: TokenTimingConfig) -> Path | None:
-    """The draft's folder, if it is a local one."""
+    """Return the draft's folder, if it is a local one."""
     try:
         folder = local_folder(settings.model)
         if folder is not None:

@@ -195,7 +195,7 @@ FOR_Q = (Need(_RUNNER, "GPUModelRunner", has=("_draft_prob_req_ids", "_draft_pro
 
 
 def missing(needs: Iterable[Need]) -> list[str]:
-    """What this vLLM lacks, as ``module.name``, ``module.name.attribute`` or ``module.name(parameter)``."""
+    """List what this vLLM lacks, as ``module.name``, ``module.name.attribute`` or ``module.name(parameter)``."""
     lacks = []
     for need in needs:
         name = ".".join(filter(None, (need.module, need.path)))
@@ -221,7 +221,7 @@ def _has(owner: Any, attribute: str) -> bool:
 
 
 def _sets(cls: type, attribute: str) -> bool:
-    """Whether a method of a class sets an attribute of its own object."""
+    """Return whether a method of a class sets an attribute of its own object."""
     for member in vars(cls).values():
         code = getattr(inspect.unwrap(member), "__code__", None) if callable(member) else None
         if code is None or attribute not in code.co_names:

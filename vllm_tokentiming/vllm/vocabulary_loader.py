@@ -51,7 +51,7 @@ def load_pair(settings: TokenTimingConfig, target: ModelConfig, draft: ModelConf
 
 
 def startup_cache() -> StartupCache:
-    """What is kept between starts, in the folder of vLLM's own caches (``VLLM_CACHE_ROOT``)."""
+    """Return the start-up cache, in the folder of vLLM's own caches (``VLLM_CACHE_ROOT``)."""
     return StartupCache(
         Path(envs.VLLM_CACHE_ROOT) / "tokentiming", lambda what: logger.warning("TokenTiming: %s", what)
     )
@@ -98,7 +98,7 @@ def _kept_or_read(model: ModelConfig, role: str, head_size: int, hint: str) -> V
 
 
 def _tokenizer(model: ModelConfig, role: str, hint: str) -> tuple[Any, Any]:
-    """The tokenizer as vLLM loads it, and the fast one in it."""
+    """Return the tokenizer as vLLM loads it, and the fast one in it."""
     try:
         check_tokenizer(model.tokenizer)
         tokenizer: Any = get_tokenizer(

@@ -1,4 +1,4 @@
-"""Whether the weight files in a model's folder are there and whole, and how much memory they need.
+"""Checks that the weight files of a model are there and whole, and adds up the memory that they need.
 
 Only headers are read. A name on the Hugging Face hub is left to vLLM, which downloads what is missing.
 """
@@ -109,7 +109,7 @@ def _check_file(file: Path) -> None:
 
 
 def _header(file: Path) -> dict[str, Any]:
-    """The header of a safetensors file: each tensor's ``dtype``, ``shape`` and ``data_offsets`` (from its end)."""
+    """Return the header of a safetensors file: ``dtype``, ``shape`` and ``data_offsets`` of each tensor."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(_HEADER_LENGTH), "little")
         content = opened.read(length) if length <= _LONGEST_HEADER else b""

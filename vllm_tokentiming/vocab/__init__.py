@@ -1,1 +1,1 @@
-"""What the tokens of one vocabulary mean, and how two vocabularies belong together. Knows neither torch nor vLLM."""
+"""The tokens of one vocabulary, and of a pair. Knows neither torch nor vLLM."""

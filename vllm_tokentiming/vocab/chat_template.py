@@ -1,4 +1,4 @@
-"""What stands between the messages of a chat: each model reads it as its own template writes it.
+r"""Separators between the messages of a chat: each model reads them as its own template writes them.
 
 The templates of two models put different things around the same messages: ``<|im_end|>\\n<|im_start|>assistant\\n``,
 ``<|eot_id|><|start_header_id|>assistant<|end_header_id|>\\n\\n``, ``[/INST]``. A draft that reads the target's guesses
@@ -41,14 +41,14 @@ _MOST_TEXT = 32  # Characters before a first message; where there are more, the 
 
 
 def chat_template(tokenizer: Any) -> Render | None:
-    """The chat template of a ``transformers`` tokenizer, if it has one."""
+    """Return the chat template of a ``transformers`` tokenizer, if it has one."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     return lambda messages, ask: tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
 
 
 def boundaries(render: Render) -> dict[str, str]:
-    """What a chat template writes around messages.
+    """Collect what a chat template writes around messages.
 
     Args:
         render: Messages (``role`` and ``content``), and whether a reply shall be asked for, to text. May raise anything
@@ -98,7 +98,7 @@ def pieces_of(text: str, special: Mapping[str, int]) -> list[Piece]:
 
 @dataclass(frozen=True)
 class Boundary:
-    """What stands between two messages.
+    """The separator between two messages.
 
     Attributes:
         before: Role of the message that ends; ``FIRST`` or ``ANY``.
@@ -251,7 +251,7 @@ def _length(boundary: Boundary) -> tuple[int, int]:
 
 
 def _pieces(name: str, texts: Mapping[str, str], special: Mapping[str, int]) -> list[Piece]:
-    """The pieces of a boundary, without a prompt that the template adds by itself."""
+    """Return the pieces of a boundary, without a prompt that the template adds by itself."""
     pieces = pieces_of(texts[name], special)
     before, after = name.split()
     if before == ANY:  # What is before the first special token may be part of a word.

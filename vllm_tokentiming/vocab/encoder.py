@@ -71,7 +71,7 @@ class Encoded:
 
 
 def make_encoder(tokenizer: Any, token_bytes: TokenBytes) -> Encoder:
-    """The exact encoder of a vocabulary if it has one, else the lossy one; found out by trying.
+    """Return the exact encoder of a vocabulary if it has one, else the lossy one; found out by trying.
 
     Args:
         tokenizer: A ``tokenizers.Tokenizer``; it is not changed.
@@ -330,7 +330,7 @@ def _added_text(tokenizer: Any, token_bytes: TokenBytes) -> _AddedText:
 
 
 def _middle_of_text(pre_tokenizer: Any) -> tuple[Any, bool]:
-    """The same pre-tokenizer without the space that it puts before a text.
+    """Return the same pre-tokenizer without the space that it puts before a text.
 
     Returns:
         It, and whether its last part, which spells the pieces in letters for bytes, was left out: that is then to be
@@ -355,7 +355,7 @@ def _middle_of_text(pre_tokenizer: Any) -> tuple[Any, bool]:
 
 
 def _without_prefix(normalizer: Any) -> Any:
-    """The same normaliser without the mark that it puts before a text."""
+    """Return the same normaliser without the mark that it puts before a text."""
     described = component(normalizer)
     if described is None:
         return None

@@ -142,7 +142,7 @@ class VocabularyPair:
 
     @property
     def draft_prefix(self) -> list[int]:
-        """What the draft reads before a text.
+        """Token ids that the draft reads before a text.
 
         What the draft's tokenizer itself writes there (Llama's begin-of-text token, ChatGLM's two). Else the token
         that its configuration or its text makes the begin of a text, which many tokenizers leave to whoever uses them.
@@ -155,7 +155,7 @@ class VocabularyPair:
         return [] if first is None else [first]
 
     def is_chat(self, draft_ids: Sequence[int]) -> bool:
-        """Whether a context begins with the start of a turn, and so as chats did when the draft was trained.
+        """Return whether a context begins with the start of a turn, and so as chats did when the draft was trained.
 
         A separator of documents before it makes the draft guess worse. What the tokenizer adds, and a begin of text,
         come before chats, too.

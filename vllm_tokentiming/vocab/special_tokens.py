@@ -17,7 +17,7 @@ from vllm_tokentiming.vocab.token_bytes import TokenBytes
 
 
 class Role(Enum):
-    """What a special token means."""
+    """The role of a special token."""
 
     BEGIN = "begin of text"
     END = "end of text"

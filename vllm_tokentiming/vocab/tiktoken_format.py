@@ -52,7 +52,7 @@ def tokenizer_of_ranks(ranks: Mapping[bytes, int], special: Mapping[str, int], p
 
 
 def fast_tokenizer(tokenizer: Any) -> Any | None:
-    """The fast tokenizer of one that vLLM has loaded, or one made from its list; ``None`` if it has neither.
+    """Return the fast tokenizer of one that vLLM has loaded, or one made from its list; ``None`` if it has neither.
 
     Args:
         tokenizer: With a ``backend_tokenizer``; Mistral's, as vLLM or transformers wraps it; or any that keeps a

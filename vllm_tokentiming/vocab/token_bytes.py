@@ -36,7 +36,7 @@ class VocabularyKind(Enum):
 
 @cache
 def byte_alphabet() -> tuple[str, ...]:
-    """The letter that byte-level BPE writes for each byte, ``[256]``.
+    """Return the letter that byte-level BPE writes for each byte, ``[256]``.
 
     Printable Latin-1 characters stand for themselves; the others get the code points from 256 on, in order (the
     convention of GPT-2's ``encoder.py``).
@@ -115,7 +115,7 @@ class TokenBytes:
         return b"".join([self[i] for i in token_ids])
 
     def __getitem__(self, token_id: int) -> bytes:
-        """The bytes of one id, empty if it has none.
+        """Return the bytes of one id, empty if it has none.
 
         Raises:
             IndexError: An id outside the vocabulary.
@@ -125,7 +125,7 @@ class TokenBytes:
         return self.pieces[token_id] or b""
 
     def byte_ids(self) -> list[int]:
-        """The id of each single byte, ``[256]``, -1 where the vocabulary has none.
+        """Return the id of each single byte, ``[256]``, -1 where the vocabulary has none.
 
         Where two ids spell the same byte, the last is returned if the vocabulary spells bytes as ``<0xNN>`` (byte
         tokens come first there, and the printable letter is what the tokenizer itself would use).
@@ -164,12 +164,12 @@ _SPELLING: dict[VocabularyKind, Callable[[str, str], bytes]] = {
 
 
 def component(part: Any) -> Any:
-    """The JSON description of one component of a ``tokenizers.Tokenizer`` (``None`` if it is absent)."""
+    """Return the JSON description of one component of a ``tokenizers.Tokenizer`` (``None`` if it is absent)."""
     return None if part is None else json.loads(part.__getstate__())
 
 
 def _unknown_token(model: Any) -> str | None:
-    """The token that a model writes for what it does not know."""
+    """Return the token that a model writes for what it does not know."""
     if type(model).__name__ == "Unigram":  # It keeps an id, and tells it in its description only.
         unknown_id = component(model)["unk_id"]
         return None if unknown_id is None else model.id_to_token(unknown_id)
