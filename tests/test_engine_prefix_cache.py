@@ -36,7 +36,7 @@ class Run:
     def _count_and_release(self, request_ids) -> None:
         request_ids = list(request_ids)
         for request_id in request_ids:
-            if request := self.drafter._requests.get(request_id):
+            if request := self.drafter.sequences.by_request.get(request_id):
                 self.context_tokens += len(request.context.draft_ids)
         self._release(request_ids)
 
@@ -45,7 +45,7 @@ class Run:
         self.context_tokens, before = 0, dict(vars(self.drafter.counts))
         outputs = write(self.llm, prompts, engine.greedy(MAX_TOKENS))
         # They are over, but the worker would hear of that with its next step.
-        self.drafter.release(list(self.drafter._requests))
+        self.drafter.release(list(self.drafter.sequences.by_request))
         return {
             "outputs": outputs,
             "context tokens": self.context_tokens,
