@@ -65,8 +65,8 @@ def break_everything() -> dict:
     for kind, owner, name in (
         ("pass of the draft", drafter._model, "forward"),
         ("logits of the draft", drafter._model, "forward"),
-        ("tokenizer of the target", drafter._pair.target.encoder, "encode"),
-        ("tokenizer of the draft", drafter._pair.draft.encoder, "encode_tail"),
+        ("tokenizer of the target", drafter.sequences._pair.target.encoder, "encode"),
+        ("tokenizer of the draft", drafter.sequences._pair.draft.encoder, "encode_tail"),
         ("reading of vLLM's state", integration, "_take_over"),
     ):
         broken = Broken(owner, name, spoils=kind == "logits of the draft")

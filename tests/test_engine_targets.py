@@ -200,7 +200,7 @@ def with_sounds(folder: str) -> dict:
     """In a fresh process: prompts with two sounds, one, and none in one batch; and what the draft has read of them."""
     import numpy as np
 
-    from vllm_tokentiming.drafter import Drafter
+    from vllm_tokentiming.draft.sequences import DraftSequences
 
     rng = np.random.default_rng(0)
     short, long = (rng.normal(0, 0.1, 16_000 * seconds) for seconds in (1, 2))
@@ -214,17 +214,17 @@ def with_sounds(folder: str) -> dict:
         {"prompt": "There is nothing to hear."},
     ]
     read: dict[str, list] = {}
-    follow = Drafter._follow
+    commit = DraftSequences.commit
 
-    def noticed(self: Any, request: Any, committed: Any) -> None:
-        follow(self, request, committed)
-        ids = committed.target_ids[: committed.num_target].tolist()
+    def noticed(self: Any, request: Any, snapshot: Any) -> None:
+        commit(self, request, snapshot)
+        ids = snapshot.target_ids[: snapshot.num_target].tolist()
         text = self._pair.draft.token_bytes.decode(request.context.draft_ids).decode(errors="replace")
-        read.setdefault(committed.request_id, [ids, list(committed.unread), text])
+        read.setdefault(snapshot.request_id, [ids, list(snapshot.unread), text])
 
     arguments = {"target": folder, "limit_mm_per_prompt": {"audio": 2}}
     outputs = engine.generate(engine.start_exact(**arguments), prompts, engine.greedy())
-    Drafter._follow = noticed  # type: ignore[method-assign]
+    DraftSequences.commit = noticed  # type: ignore[method-assign]
     llm = engine.start_exact(speculative_config=engine.speculation(), **arguments)
     return {
         "same": engine.generate(llm, prompts, engine.greedy()) == outputs,
