@@ -248,8 +248,8 @@ def startup(found: Data) -> str:
         middle = f"{statistics.median(totals):.1f} ({min(totals):.1f} to {max(totals):.1f})"
         rows.append((f"{way}, {process}, {start}", middle, medians))
     return (
-        f"{found['pair']}, seconds of processor time, median and range (starts measured: {len(totals)}): *cold* is the first "
-        "start of a pair, *warm* any other. Loading the tokenizers through vLLM is part of the vocabularies. "
+        f"{found['pair']}, seconds of processor time, median and range (starts measured: {len(totals)}): *cold* is "
+        "the first start of a pair, *warm* any other. Loading the tokenizers through vLLM is part of the vocabularies. "
         f"{kept / 1e6:.0f} MB are kept between starts.\n\n"
         + table(("process", "in all", "by part"), rows)
         + origin(found)
