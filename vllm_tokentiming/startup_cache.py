@@ -21,7 +21,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,7 @@ from vllm_tokentiming.vocab.special_tokens import SpecialTokens
 from vllm_tokentiming.vocab.token_bytes import TokenBytes, VocabularyKind
 
 Arrays = dict[str, npt.NDArray[Any]]
+Made = TypeVar("Made")
 
 _WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack"})
 # A repository on the hub has one of these where transformers has downloaded a tokenizer from it.
@@ -97,6 +98,17 @@ class StartupCache:
             if passing is not None:
                 Path(passing).unlink(missing_ok=True)
 
+    def _made(self, digest: str, what: str, make: Callable[[Arrays], Made]) -> Made | None:
+        """Make something from an entry; ``None`` where there is no entry, or none that it can be made from."""
+        arrays = self.load(digest)
+        if arrays is None:
+            return None
+        try:
+            return make(arrays)
+        except Exception as error:  # As in ``load``.
+            self._warn(f"{self._file(digest)} holds no {what} ({error}); it is made anew.")
+            return None
+
     def _file(self, digest: str) -> Path:
         return self.folder / f"{digest}.npz"
 
@@ -109,14 +121,7 @@ class StartupCache:
             digest: See ``tokenizer_digest``.
             head_size: Rows of the model's head; 0 if unknown.
         """
-        arrays = self.load(digest)
-        if arrays is None:
-            return None
-        try:
-            return _vocabulary(arrays, digest, head_size)
-        except Exception as error:  # As above.
-            self._warn(f"{self._file(digest)} holds no vocabulary ({error}); it is made anew.")
-            return None
+        return self._made(digest, "vocabulary", lambda arrays: _vocabulary(arrays, digest, head_size))
 
     def keep_vocabulary(
         self, digest: str, tokenizer: Any, vocabulary: Vocabulary, bos_id: int | None, eos_id: int | None
@@ -166,12 +171,9 @@ class StartupCache:
         sizes = pair.target.token_bytes.size, pair.draft.token_bytes.size
         crossing = repr((sizes, sorted(pair.special.to_target.items()), one_to_one))
         digest = _digest_of("transducer", pair.target.digest, pair.draft.digest, crossing)
-        arrays = self.load(digest)
-        if arrays is not None:
-            try:
-                return Transducer(pair, one_to_one=one_to_one, stored=arrays)
-            except Exception as error:  # As above.
-                self._warn(f"{self._file(digest)} holds no transducer ({error}); it is made anew.")
+        kept = self._made(digest, "transducer", lambda arrays: Transducer(pair, one_to_one=one_to_one, stored=arrays))
+        if kept is not None:
+            return kept
         transducer = Transducer(pair, one_to_one=one_to_one)
         self.keep(digest, transducer.to_arrays())
         return transducer
