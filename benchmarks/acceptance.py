@@ -8,7 +8,8 @@
 Each method runs in a process of its own, over the same prompts, in groups; the ratio of a group is one observation,
 and the interval is a bootstrap over groups. A pass is one step of the target for one request after its first token, so
 plain decoding has exactly 1 token per pass, and proposals that vLLM throws away at the end of a request do not count.
-All methods propose the same number, whether it pays or not.
+All methods propose the same number, whether it pays or not. A run that is cut off goes on where it was: what a method
+has written is kept until the commit, or anything else that it depends on, is another one.
 
 At temperature 0, outputs are compared with plain decoding's. In float32 they must be the same, or the run fails; in
 smaller types a pass of several tokens may round two nearly equal logits otherwise than a pass of one.
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import workloads
-from conditions import add_options, departures, engine_of, run_python
+from conditions import add_options, departures, engine_of, run_once
 from grid import PLAIN, VLLM_METHODS, with_draft
 from provenance import DATA, ROOT, provenance, write_data
 from reduce import different
@@ -44,7 +45,7 @@ def measure(options: argparse.Namespace, cases: list[dict[str, Any]]) -> tuple[d
     for name in options.methods:
         speculative = with_draft(name, options.proposals, options.draft, adaptive_length=False)
         try:
-            results[name] = run_python("measure_vllm.py", {**job, "speculative": speculative})
+            results[name] = run_once("measure_vllm.py", {**job, "speculative": speculative}, f"{options.name}/{name}")
             print(f"{name}: done", flush=True)
         except RuntimeError as error:
             print(f"{name}: FAILED\n{error}", flush=True)

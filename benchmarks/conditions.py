@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from provenance import RAW, revision
+
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -126,6 +128,35 @@ def run_python(script: str, job: dict[str, Any]) -> dict[str, Any]:
             raise RuntimeError(f"{script} failed:\n{finished.stdout[-4000:]}")
         found: dict[str, Any] = json.loads(result.read_text())
         return found
+
+
+def run_once(script: str, job: dict[str, Any], name: str) -> dict[str, Any]:
+    """Call `run_python`, unless an earlier run that was cut off has the result of the same job and revision.
+
+    Args:
+        script: Its file name in this folder.
+        job: What it reads.
+        name: Of the file in `RAW` that keeps the result. It holds one result: another job replaces it.
+
+    Returns:
+        What the script wrote.
+
+    Raises:
+        RuntimeError: It failed.
+    """
+    path = RAW / f"{name}.json"
+    described = {"script": script, "job": job, "revision": revision()}
+    known = path.exists() and not described["revision"]["modified"]  # Else nothing tells what the files were.
+    if known and (kept := json.loads(path.read_text()))["of"] == described:
+        found: dict[str, Any] = kept["result"]
+        return found
+    result = run_python(script, job)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Under its own name only once it is whole.
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"of": described, "result": result}))
+    partial.rename(path)
+    return result
 
 
 def answer(measure: Any) -> bool:

@@ -32,14 +32,21 @@ def provenance(command: list[str] | None = None) -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    unmodified = [f":(exclude){path}" for path in WRITTEN]
     return {
         "command": shlex.join(["python", *(_named(argument) for argument in command or sys.argv)]),
-        "commit": _git("rev-parse", "HEAD"),
-        "modified": _git("status", "--porcelain", "--untracked-files=no", "--", ".", *unmodified).splitlines(),
+        **revision(),
         "versions": versions,
         "hardware": hardware(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def revision() -> dict[str, Any]:
+    """The commit that is checked out, and which of its files are not as they are there."""
+    unmodified = [f":(exclude){path}" for path in WRITTEN]
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "modified": _git("status", "--porcelain", "--untracked-files=no", "--", ".", *unmodified).splitlines(),
     }
 
 

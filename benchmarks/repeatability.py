@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from conditions import add_options, answer, conditions, departures, engine_of, run_python, start
+from conditions import add_options, answer, conditions, departures, engine_of, run_once, run_python, start
 from grid import OURS, PLAIN, with_draft
 from provenance import DATA, ROOT, provenance, write_data
 from workloads import load
@@ -92,7 +92,11 @@ def main() -> None:
     job = {"target": str(options.target), "prompts": prompts, "tokens": options.tokens, "engine": engine_of(options)}
     written: dict[str, dict[str, Any]] = {}
     for method in METHODS:
-        written[method] = run_python("repeatability.py", {**job, "speculative": speculative(method, options.draft)})
+        written[method] = run_once(
+            "repeatability.py",
+            {**job, "speculative": speculative(method, options.draft)},
+            f"{options.name}/{method}",
+        )
         print(f"{method}: written", flush=True)
     reference, prompt_ids = written["plain"]["greedy"]["alone"], written["plain"]["prompt_ids"]
     places, asked = [], []

@@ -53,6 +53,24 @@ def test_settings_of_ours_go_to_no_other_method():
         assert ("model" in (given or {})) is (chosen is not None and chosen["method"] != "ngram")
 
 
+def test_a_run_that_was_cut_off_keeps_results_until_the_job_or_the_commit_is_another(tmp_path, monkeypatch):
+    at = {"commit": "a", "modified": []}
+    calls = []
+    monkeypatch.setattr(conditions, "RAW", tmp_path)
+    monkeypatch.setattr(conditions, "revision", lambda: dict(at))
+    monkeypatch.setattr(conditions, "run_python", lambda script, job: calls.append(job) or {"number": len(calls)})
+
+    def number(job: dict) -> int:
+        return conditions.run_once("measure_vllm.py", job, "table/plain")["number"]
+
+    assert [number({"tokens": 1}), number({"tokens": 1})] == [1, 1]
+    assert [number({"tokens": 2}), number({"tokens": 2})] == [2, 2]
+    at["commit"] = "b"
+    assert number({"tokens": 2}) == 3
+    at["modified"] = ["M file"]
+    assert [number({"tokens": 2}), number({"tokens": 2})] == [4, 5]
+
+
 @pytest.mark.engine
 def test_an_engine_in_processes_of_its_own_tells_its_conditions_counts_and_times():
     speculative = with_draft("tokentiming", 3, Path(engine.DRAFT), adaptive_length=False)
