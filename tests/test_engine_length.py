@@ -22,7 +22,7 @@ def write(speculative: dict | None) -> dict:
         seeded = [SamplingParams(temperature=0.8, seed=i, max_tokens=TOKENS, ignore_eos=True) for i in range(BATCH)]
         result["together"] = engine.generate(llm, prompts[:BATCH], seeded)
         result["alone"] = [engine.generate(llm, [prompts[i]], seeded[i])[0] for i in range(BATCH)]
-        length = engine.runner(llm).drafter._length
+        length = engine.proposer(llm)._length
         result["target"] = [length._target(tokens) for tokens in (1, BATCH)]
         result["draft"] = [bool(table) for table in (length._first, length._later)]
         result["faults"] = engine.counters(llm)["faults"]

@@ -44,7 +44,7 @@ def _run() -> dict:
     second = engine.start_exact(speculative_config=engine.speculation())
     engine.generate(second, texts()[:1], engine.greedy(8))
     after = {name: metric.value for name, metric in _ours(second).items()}
-    engine.runner(second).drafter._recorder.write = fail
+    engine.proposer(second)._recorder.write = fail
     blind = (
         engine.generate(second, texts()[:2], engine.greedy(24)),
         engine.generate(llm, texts()[:2], engine.greedy(24)),

@@ -18,7 +18,16 @@ import pytest
 
 from vllm_tokentiming.config import SettingsError
 from vllm_tokentiming.vllm import requirements
-from vllm_tokentiming.vllm.requirements import FOR_Q, KV_CACHE_PLANNING, REQUIRED, Need, check_vllm, missing
+from vllm_tokentiming.vllm.requirements import (
+    FOR_Q,
+    FOR_V2,
+    IN_V2,
+    KV_CACHE_PLANNING,
+    REQUIRED,
+    Need,
+    check_vllm,
+    missing,
+)
 
 PACKAGE = Path(requirements.__file__).parent
 RUNNER = "vllm.v1.worker.gpu_model_runner.GPUModelRunner"
@@ -61,16 +70,32 @@ HOLDS = {
 }
 # The same name for something else in one module.
 IN_MODULE = {
-    ("integration", "feature"): "vllm.multimodal.inputs.MultiModalFeatureSpec",
-    ("integration", "place"): "vllm.multimodal.inputs.PlaceholderRange",
+    ("requests", "feature"): "vllm.multimodal.inputs.MultiModalFeatureSpec",
+    ("requests", "place"): "vllm.multimodal.inputs.PlaceholderRange",
+    ("requests", "parameters"): "vllm.sampling_params.SamplingParams",
+    # Or `NewRequestData`; `test_a_request_has_the_same_names_on_both_runners` holds the two together.
+    ("requests", "request"): "vllm.v1.worker.gpu_input_batch.CachedRequestState",
+    ("runner_choice", "worker"): "vllm.v1.worker.worker_base.WorkerBase",
+    ("runner_choice", "speculative"): "vllm.config.SpeculativeConfig",
+    ("runner_choice", "vllm_config"): "vllm.config.VllmConfig",
+    ("runner_v2", "all_token_ids"): "vllm.v1.worker.gpu.buffer_utils.StagedWriteTensor",
+    ("runner_v2", "input_batch"): "vllm.v1.worker.gpu.input_batch.InputBatch",
+    ("runner_v2", "req_states"): "vllm.v1.worker.gpu.states.RequestState",
+    ("runner_v2", "request"): "vllm.v1.core.sched.output.NewRequestData",
+    ("runner_v2", "runner"): "vllm.v1.worker.gpu.model_runner.GPUModelRunner",
+    ("runner_v2", "self._states"): "vllm.v1.worker.gpu.states.RequestState",
+    ("runner_v2", "self._states.prompt_len"): "vllm.v1.worker.gpu.buffer_utils.UvaBackedTensor",
+    ("runner_v2", "self._states.total_len"): "vllm.v1.worker.gpu.buffer_utils.StagedWriteTensor",
+    ("runner_v2", "speculative"): "vllm.config.SpeculativeConfig",
+    ("runner_v2", "taken"): "vllm.v1.outputs.DraftTokenIds",
+    ("proposer", "target"): "vllm.config.ModelConfig",
     ("refusals", "draft"): "vllm.config.ModelConfig",
     ("refusals", "parallel"): "vllm.config.ParallelConfig",
     ("refusals", "target"): "vllm.config.ModelConfig",
     ("draft_config", "_build(settings, target)"): "vllm.config.ModelConfig",
     ("draft_config", "_build(settings, target, runner='auto')"): "vllm.config.ModelConfig",
     ("compat", "request"): "vllm.v1.request.Request",
-    ("integration", "request"): "vllm.v1.worker.gpu_input_batch.CachedRequestState",
-    ("integration", "parameters"): "vllm.sampling_params.SamplingParams",
+    ("runner_v1", "request"): "vllm.v1.worker.gpu_input_batch.CachedRequestState",
     ("draft_config", "target"): "vllm.config.ModelConfig",
     ("vocabulary_loader", "model"): "vllm.config.ModelConfig",
     ("vocabulary_loader", "target"): "vllm.config.ModelConfig",
@@ -91,7 +116,12 @@ OTHERS = {
 }  # fmt: skip
 OTHERS_IN_MODULE = {
     ("draft_model", "size"), ("plugin", "_OPTIONS"), ("proposer", "model"), ("refusals", "file"),
-    ("draft_config", "NO_TEXT"), ("vocabulary_loader", "store"),
+    ("draft_config", "NO_TEXT"), ("vocabulary_loader", "store"), ("loading", "model"), ("proposer", "snapshot"),
+    ("runner_v1", "before"), ("runner_v1", "proposals"), ("runner_v1", "read"),
+    *(("runner_v2", name) for name in (
+        "_propose_signature", "before", "by_request", "call", "first_places", "on_host", "places", "proposals",
+        "proposed_ids", "q", "temperatures", "wanted",
+    )),
 }  # fmt: skip
 # Arguments that a function takes by `**kwargs`, and what reads them.
 PASSED_ON = {
@@ -124,7 +154,7 @@ class _Reader:
         self.attributes: set[tuple[str, str]] = set()
         self.arguments: set[tuple[str, str]] = set()
         self.unknown: set[str] = set()
-        if self.imports:
+        if self.imports or any(module == self.module for module, _ in IN_MODULE):
             self._read()
 
     def _type(self, node: ast.AST) -> str | None:
@@ -191,9 +221,10 @@ def _name(need: Need) -> str:
     return ".".join(filter(None, (need.module, need.path)))
 
 
-NEEDED = {_name(need) for need in REQUIRED}
-TAKEN = {(_name(need), parameter) for need in REQUIRED for parameter in need.takes}
-HELD = {(_name(need), attribute) for need in (*REQUIRED, *FOR_Q) for attribute in need.has}
+ALL = (*REQUIRED, *FOR_Q, *FOR_V2, *IN_V2)
+NEEDED = {_name(need) for need in ALL}
+TAKEN = {(_name(need), parameter) for need in ALL for parameter in need.takes}
+HELD = {(_name(need), attribute) for need in ALL for attribute in need.has}
 # A method that stands there with its parameters need not stand among the attributes, too.
 HELD |= {tuple(name.rsplit(".", 1)) for name in NEEDED if "." in name}
 
@@ -205,7 +236,7 @@ def test_what_is_of_vllm_can_be_told(reader):
 
 def test_every_import_and_every_patch_is_required():
     used = set().union(*(reader.used for reader in _readers()))
-    modules = {need.module for need in REQUIRED}
+    modules = {need.module for need in ALL}
     members = {f"{owner}.{attribute}" for owner, attribute in HELD}
     assert len(used) > 30
     assert sorted(used - NEEDED - modules - members) == []
@@ -225,12 +256,23 @@ def test_every_argument_is_required():
 
 
 def test_this_vllm_has_everything():
-    assert engine.in_fresh_process(look_for_everything) == [[], []]
+    assert engine.in_fresh_process(look_for_everything) == []
 
 
-def look_for_everything() -> list[list[str]]:
+def look_for_everything() -> list[str]:
     """In a fresh process: what this vLLM lacks."""
-    return [missing(REQUIRED), missing(FOR_Q)]
+    return missing(ALL)
+
+
+def test_a_request_has_the_same_names_on_both_runners():
+    held = {
+        name: {attribute for owner, attribute in HELD if owner == name}
+        for name in ("vllm.v1.worker.gpu_input_batch.CachedRequestState", "vllm.v1.core.sched.output.NewRequestData")
+    }
+    used = {attribute for reader in _readers() if reader.module == "requests" for _, attribute in reader.attributes}
+    of_request = used & held["vllm.v1.worker.gpu_input_batch.CachedRequestState"]
+    assert of_request == {"mm_features", "prompt_embeds", "sampling_params"}
+    assert of_request <= held["vllm.v1.core.sched.output.NewRequestData"]
 
 
 class Parent:
@@ -292,14 +334,14 @@ def test_what_is_missing_is_named(monkeypatch):
     ],
 )
 def test_a_new_attribute_would_be_found(source, found):
-    reader = _Reader(Path("integration.py"), f"from vllm.config.utils import replace\n{source}\n")
+    reader = _Reader(Path("runner_v1.py"), f"from vllm.config.utils import replace\n{source}\n")
     assert found <= reader.attributes
 
 
 def test_a_new_variable_argument_or_patch_would_be_found():
     source = "from vllm.a import B, f\nimport patches\nf(new=1)\nfor thing in B.all: thing.part\n"
     source += "patches.install(B, 'g', h)\n"
-    reader = _Reader(Path("integration.py"), source)
+    reader = _Reader(Path("runner_v1.py"), source)
     assert reader.unknown == {"thing.part"}
     assert reader.arguments == {("vllm.a.f", "new")}
     assert reader.attributes == {("vllm.a.B", "all")}

@@ -12,7 +12,7 @@ __all__ = ["TokenTimingProposer"]
 def __getattr__(name: str) -> Any:
     # Lazily: the core is used without vLLM, and importing vLLM takes seconds.
     if name == "TokenTimingProposer":
-        from vllm_tokentiming.vllm.proposer import TokenTimingProposer
+        from vllm_tokentiming.vllm.runner_v1 import CustomClassProposer
 
-        return TokenTimingProposer
+        return CustomClassProposer
     raise AttributeError(name)

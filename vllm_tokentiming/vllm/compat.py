@@ -42,10 +42,19 @@ def _from_request(original: Any, cls: Any, request: Any, *args: Any, **kwargs: A
     return data
 
 
+def cache_salt(data: Any) -> str | None:
+    """Return the salt of a new request: "" where the user gave none, ``None`` where it is not known.
+
+    Args:
+        data: vLLM's ``NewRequestData``.
+    """
+    return (data.cache_salt or "") if hasattr(data, "cache_salt") else None
+
+
 def cache_salts(scheduler_output: Any) -> dict[str, str]:
-    """Return the salt of each new request by its id: "" where there is none; left out where it is not known."""
-    new = [data for data in scheduler_output.scheduled_new_reqs if hasattr(data, "cache_salt")]
-    return {data.req_id: data.cache_salt or "" for data in new}
+    """Return the salt of each new request by its id; left out where it is not known."""
+    found = {data.req_id: cache_salt(data) for data in scheduler_output.scheduled_new_reqs}
+    return {request_id: salt for request_id, salt in found.items() if salt is not None}
 
 
 def verifier_takes_q() -> bool:
@@ -137,7 +146,7 @@ def repair_top_k_without_drafts() -> None:
     """Let a batch with top-k pass the rejection sampler in a step that has no draft token at all.
 
     ``vllm/v1/sample/ops/topk_topp_sampler.py::apply_top_k_only`` takes the maximum of an empty tensor then, and the
-    engine dies. Our own engines never come there (``integration._sample``); others in the process do.
+    engine dies. Our own engines never come there (``runner_v1._sample``); others in the process do.
     """
     from vllm.v1.sample.ops import topk_topp_sampler
 

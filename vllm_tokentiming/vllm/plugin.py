@@ -37,7 +37,7 @@ def register() -> None:
     vLLM runs this in the engines of all users, so it raises nothing: on a vLLM that we cannot teach our method, vLLM
     refuses it to those who ask for it, and an unknown salt only means that nothing is shared.
     """
-    for teach in (_teach_method, _teach_salts):
+    for teach in (_teach_method, _teach_salts, _teach_runner):
         try:
             teach()
         except Exception:
@@ -60,6 +60,12 @@ def _teach_salts() -> None:
     carry_cache_salts()
 
 
+def _teach_runner() -> None:
+    from vllm_tokentiming.vllm import runner_choice
+
+    runner_choice.install()
+
+
 def _create_speculative_config(
     original: Any, engine_args: Any, target_model_config: Any, target_parallel_config: Any
 ) -> Any:
@@ -71,6 +77,10 @@ def _create_speculative_config(
     number = vllm_part["num_speculative_tokens"]
     _refuse_early(settings, verification, target_model_config, target_parallel_config, number, engine_args)
     show_in_front_end(target_parallel_config.data_parallel_size)
+    # Scheduled asynchronously, each request verifies as many tokens as there can be proposals in every step, also while
+    # drafting pauses since it would not pay. So that is for those who ask for it.
+    if engine_args.async_scheduling is None:
+        engine_args.async_scheduling = False
     # Only now, so that what was refused can be mended and tried again.
     engine_args.speculative_config = vllm_part
     for option in _OPTIONS:

@@ -60,7 +60,10 @@ REQUIRED: tuple[Need, ...] = (
     ),
     Need(
         "vllm.engine.arg_utils", "EngineArgs",
-        has=("additional_config", "create_load_config", "kv_cache_dtype", "load_format", "speculative_config"),
+        has=(
+            "additional_config", "async_scheduling", "create_load_config", "kv_cache_dtype", "load_format",
+            "speculative_config",
+        ),
     ),
     Need(_RUNNER, "GPUModelRunner.propose_draft_token_ids", takes=("self", "scheduler_output", "sampled_token_ids")),
     Need(_RUNNER, "GPUModelRunner._input_fits_in_drafter", takes=("self", "common_attn_metadata")),
@@ -130,9 +133,12 @@ REQUIRED: tuple[Need, ...] = (
     )),
     Need(
         "vllm.config", "SchedulerConfig",
-        has=("disable_hybrid_kv_cache_manager", "max_num_batched_tokens", "max_num_seqs"),
+        has=("async_scheduling", "disable_hybrid_kv_cache_manager", "max_num_batched_tokens", "max_num_seqs"),
     ),
-    Need("vllm.config", "SpeculativeConfig", has=("num_speculative_tokens", "rejection_sample_method")),
+    Need(
+        "vllm.config", "SpeculativeConfig",
+        has=("method", "model", "num_speculative_tokens", "rejection_sample_method"),
+    ),
     Need("vllm.config", "set_current_vllm_config", takes=("vllm_config",)),
     Need("vllm.config.utils", "replace", takes=("dataclass_instance",)),
     # The draft model.
@@ -175,7 +181,7 @@ REQUIRED: tuple[Need, ...] = (
     ),
     # The rest.
     Need("vllm", has=("__version__",)),
-    Need("vllm.envs", has=("VLLM_CACHE_ROOT",)),
+    Need("vllm.envs", has=("VLLM_CACHE_ROOT", "VLLM_USE_V2_MODEL_RUNNER")),
     Need("vllm.distributed", "get_tp_group"),
     Need("vllm.distributed.parallel_state", "GroupCoordinator.broadcast_object", takes=("self", "obj", "src")),
     Need("vllm.distributed.parallel_state", "GroupCoordinator", has=("is_first_rank",)),
@@ -192,6 +198,47 @@ REQUIRED: tuple[Need, ...] = (
 
 # Without these, a step is verified as one-hot.
 FOR_Q = (Need(_RUNNER, "GPUModelRunner", has=("_draft_prob_req_ids", "_draft_probs", "_get_spec_decode_draft_probs")),)
+
+# Without these, runner V1 runs.
+FOR_V2 = (
+    Need("vllm.config", "VllmConfig", has=("_get_v2_model_runner_unsupported_features", "use_v2_model_runner")),
+    Need("vllm.v1.worker.worker_base", "WorkerBase"),
+    Need("vllm.v1.worker.worker_base", "WorkerBase.__init__", takes=("vllm_config",)),
+)
+_RUNNER_V2 = "vllm.v1.worker.gpu.model_runner"
+_SPECULATOR = "vllm.v1.worker.gpu.spec_decode.speculator"
+# Without these, runner V2 cannot run. They are looked at in workers that run it: the front end may have no Triton.
+IN_V2 = (
+    Need(_RUNNER_V2, "init_speculator", takes=("vllm_config", "device", "req_states")),
+    Need(_RUNNER_V2, "GPUModelRunner.load_model", takes=("self",)),
+    Need(_RUNNER_V2, "GPUModelRunner.add_requests", takes=("self", "scheduler_output")),
+    Need(_RUNNER_V2, "GPUModelRunner._remove_request", takes=("self", "req_id")),
+    Need(_RUNNER_V2, "GPUModelRunner.take_draft_token_ids", takes=("self",)),
+    Need(_RUNNER_V2, "GPUModelRunner", has=("speculator",)),
+    Need(
+        "vllm.v1.worker.gpu.spec_decode.rejection_sampler", "rejection_sample",
+        takes=(
+            "target_logits", "draft_logits", "draft_sampled", "cu_num_logits", "idx_mapping", "expanded_idx_mapping",
+            "expanded_local_pos", "temperature", "seed",
+        ),
+    ),
+    Need(_SPECULATOR, "BaseSpeculator"),
+    Need(
+        _SPECULATOR, "BaseSpeculator.propose",
+        takes=("input_batch", "num_sampled", "dummy_run", "is_profile", "num_speculative_tokens"),
+    ),
+    Need(
+        "vllm.v1.worker.gpu.input_batch", "InputBatch", has=("idx_mapping_np", "num_reqs", "num_tokens", "req_ids"),
+    ),
+    Need(
+        "vllm.v1.worker.gpu.states", "RequestState",
+        has=("all_token_ids", "max_num_reqs", "prompt_len", "req_id_to_index", "total_len"),
+    ),
+    Need("vllm.v1.worker.gpu.buffer_utils", "StagedWriteTensor", has=("gpu",)),
+    Need("vllm.v1.worker.gpu.buffer_utils", "UvaBackedTensor", has=("np",)),
+    Need("vllm.v1.outputs", "DraftTokenIds", has=("draft_token_ids",)),
+    Need("vllm.v1.core.sched.output", "NewRequestData", has=("mm_features", "prompt_embeds", "sampling_params")),
+)  # fmt: skip
 
 
 def missing(needs: Iterable[Need]) -> list[str]:
@@ -240,7 +287,24 @@ def check_vllm() -> None:
     Raises:
         SettingsError: It does.
     """
-    if lacks := missing(REQUIRED):
+    _refuse(missing(REQUIRED))
+
+
+def check_runner_v2() -> None:
+    """Refuse a vLLM whose model runner V2 lacks something we rely on.
+
+    Raises:
+        SettingsError: It does.
+    """
+    if lacks := missing(IN_V2):
+        raise SettingsError(
+            f"tokentiming cannot work with this vLLM's model runner V2, which lacks {lacks[0]}; set "
+            "VLLM_USE_V2_MODEL_RUNNER=0 to run V1."
+        )
+
+
+def _refuse(lacks: list[str]) -> None:
+    if lacks:
         version = importlib.import_module("vllm").__version__
         raise SettingsError(
             f"tokentiming cannot work with vLLM {version}, which lacks {lacks[0]}"

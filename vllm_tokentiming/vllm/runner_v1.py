@@ -1,10 +1,14 @@
-"""The seam between vLLM's model runner and our proposer.
+"""vLLM's model runner V1: reads its batch, hands it proposals, and leaves its verifier what is left to verify.
 
-vLLM's ``custom_class`` interface tells a proposer neither which requests it drafts for nor that requests have ended.
-Two thin wrappers around ``GPUModelRunner`` do. A third one spares the rejection sampler what is no proposal: all of a
-step without any, for which 0.32 calls it, too, and padding (``compat.without_padding``). A fourth one hands it what is
-left to verify of proposals that are verified in stages (``verify.py``). All act only for our proposer; ``install``
-says when each can go.
+vLLM's ``custom_class`` interface tells a proposer neither which requests it drafts for nor that requests have ended,
+and takes no probabilities from it. So these functions of the runner are ours, for our proposer alone; ``install`` says
+when each can go:
+
+- ``propose_draft_token_ids``: snapshots of the requests in, proposals and their probabilities out.
+- ``profile_run``: makes the draft's largest step while vLLM measures memory.
+- ``_input_fits_in_drafter``: one long request must not stop the drafting of the whole batch.
+- ``_sample``: removes padding from the proposals, and skips the rejection sampler if nothing was proposed.
+- ``rejection_sample``: verifies all stages of a proposal but the last (``verify.py``).
 """
 
 from __future__ import annotations
@@ -12,61 +16,129 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Mapping
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 from vllm.config import VllmConfig
 
-from vllm_tokentiming.config import ATTRIBUTE, settings_in
 from vllm_tokentiming.draft.batch import RequestSnapshot
-from vllm_tokentiming.draft.sampling import DraftSampling, seed_of
 from vllm_tokentiming.tensors import upload
 from vllm_tokentiming.transfer.stages import Stage
 from vllm_tokentiming.verify import verify_stages
 from vllm_tokentiming.vllm import compat, patches
-from vllm_tokentiming.vllm.metrics import Recorder
-from vllm_tokentiming.vocab.pair import VocabularyPair
-
-T = TypeVar("T")
-
-_GREEDY_BELOW = 1e-5  # vLLM's `_SAMPLING_EPS`
+from vllm_tokentiming.vllm.proposer import TokenTimingProposer
+from vllm_tokentiming.vllm.requests import KnownRequest, known_request
 
 
-def settings_of(vllm_config: VllmConfig) -> Mapping[str, Any]:
-    """Our settings in a worker's configuration.
+class CustomClassProposer(TokenTimingProposer):
+    """vLLM's ``custom_class`` proposer (``vllm/v1/spec_decode/custom_class_proposer.py``)."""
 
-    Raises:
-        SettingsError: There are none.
-    """
-    settings: Mapping[str, Any] | None = getattr(vllm_config.speculative_config, ATTRIBUTE, None)
-    # Where our plugin is switched off, nobody has taken them out of where the user put them.
-    return settings_in(vllm_config.additional_config) if settings is None else settings
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        """Read the settings and hook into the model runner.
+
+        Args:
+            vllm_config: The worker's configuration, with our settings (``config.py``).
+
+        Raises:
+            SettingsError: A setting cannot work.
+        """
+        super().__init__(vllm_config)
+        self.reader = BatchReader(self.seed)
+        install()
+
+    def load_model(self, target_model: Any) -> None:
+        """Load the draft model and read both vocabularies.
+
+        Args:
+            target_model: The target, unused: the two share nothing.
+
+        Raises:
+            SettingsError: The draft cannot be used.
+        """
+        self.load(runner="vLLM's model runner V1", takes_q=compat.verifier_takes_q())
+
+    def propose(self, sampled_token_ids: list[list[int]], *_: Any, **__: Any) -> list[list[int]]:
+        """Propose nothing: vLLM wants this method, but the integration calls ``propose_batch`` in its place."""
+        return [[] for _ in sampled_token_ids]
 
 
-def describe_special_tokens(pair: VocabularyPair) -> str:
-    """Return the special-token map in words, for the log."""
-    target, draft = pair.target.token_bytes.special, pair.draft.token_bytes.special
-    shown = [f"{target[t]} = {draft[d]}" for t, d in sorted(pair.special.to_draft.items())]
-    return ", ".join(shown[:8] + (["..."] if len(shown) > 8 else [])) or "none in common"
+class _Read(NamedTuple):
+    """What was read of a request, and from what: any of these may be another one for the same id."""
+
+    request: Any
+    parameters: Any
+    num_features: int
+    known: KnownRequest
 
 
-def recorder(vllm_config: VllmConfig) -> Recorder | None:
-    """Return the recorder of this worker's metrics; of ranks that do the same, only the first one counts."""
-    from vllm.distributed import get_tp_group
+class BatchReader:
+    """Reads the state of runner V1."""
 
-    if not get_tp_group().is_first_rank:
-        return None
-    name = vllm_config.model_config.served_model_name
-    return Recorder(name if isinstance(name, str) else name[0], vllm_config.parallel_config.data_parallel_index)
+    def __init__(self, draft_seed: int) -> None:
+        """Begin without any request.
 
+        Args:
+            draft_seed: The seed of requests without one.
+        """
+        self._draft_seed = draft_seed
+        self._known: dict[str, _Read] = {}
+        self._cache_salts: dict[str, str] = {}
 
-def agree(found: T) -> T:
-    """Broadcast what the first rank has found, so that all ranks decide alike."""
-    from vllm.distributed import get_tp_group
+    def ended(self, runner: Any, scheduler_output: Any) -> list[str]:
+        """List the requests whose drafts are of no use any more, and forget them.
 
-    agreed: T = get_tp_group().broadcast_object(found, src=0)
-    return agreed
+        Args:
+            runner: vLLM's model runner.
+            scheduler_output: Of this step.
+        """
+        # A request that ends is gone from `requests`; if another one took its id in the same step, its state is another
+        # object. A preempted one keeps both, and loses its blocks.
+        requests = runner.requests
+        gone = [request_id for request_id, read in self._known.items() if requests.get(request_id) is not read.request]
+        for request_id in gone:
+            self._known.pop(request_id, None)
+            self._cache_salts.pop(request_id, None)
+        self._cache_salts.update(compat.cache_salts(scheduler_output))
+        return [*gone, *(scheduler_output.preempted_req_ids or ())]
+
+    def read(self, runner: Any, sampled_token_ids: list[list[int]]) -> list[RequestSnapshot]:
+        """Describe the batch.
+
+        Args:
+            runner: vLLM's model runner.
+            sampled_token_ids: Target ids sampled in this step, for each request.
+        """
+        batch = runner.input_batch
+        return [
+            self._find(request_id, runner.requests[request_id]).snapshot(
+                batch.token_ids_cpu[index],
+                int(batch.num_tokens_no_spec[index]),
+                reading=not sampled_token_ids[index],
+                max_proposals=runner.num_spec_tokens,
+                max_len=runner.max_model_len,
+            )
+            for index, request_id in enumerate(batch.req_ids)
+        ]
+
+    def _find(self, request_id: str, request: Any) -> KnownRequest:
+        num_features = len(request.mm_features or ())
+        before = self._known.get(request_id)
+        if (
+            before is not None
+            and before.request is request
+            and before.parameters is request.sampling_params
+            and before.num_features == num_features
+        ):
+            return before.known
+        known = known_request(
+            request_id,
+            request,
+            num_prompt_tokens=request.num_prompt_tokens,
+            cache_salt=self._cache_salts.get(request_id),
+            draft_seed=self._draft_seed,
+        )
+        self._known[request_id] = _Read(request, request.sampling_params, num_features, known)
+        return known
 
 
 def install() -> None:
@@ -104,18 +176,25 @@ def _profile_run(profile_run: Any, runner: Any, *args: Any, **kwargs: Any) -> No
 def _propose_draft_token_ids(
     propose: Any, runner: Any, scheduler_output: Any, sampled_token_ids: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    drafter = runner.drafter
-    if not _is_ours(drafter):
+    proposer = runner.drafter
+    if not _is_ours(proposer):
         return propose(runner, scheduler_output, sampled_token_ids, *args, **kwargs)
-    with drafter.guard():
-        drafter.batch = _take_over(runner, scheduler_output, sampled_token_ids)
-        drafter.num_scheduled = scheduler_output.total_num_scheduled_tokens
     runner._draft_probs = None  # They have been verified, and take as much memory as those that come now.
-    proposed = propose(runner, scheduler_output, sampled_token_ids, *args, **kwargs)
+    proposals = proposer.propose_batch(
+        functools.partial(_read, runner, scheduler_output, sampled_token_ids),
+        len(sampled_token_ids),
+        scheduler_output.total_num_scheduled_tokens,
+    )
     # The rejection sampler reads these two in the next step, whoever set them; without them, one-hot.
-    runner._draft_probs = drafter.proposals.q
-    runner._draft_prob_req_ids = drafter.proposals.q_request_ids
-    return proposed
+    runner._draft_probs, runner._draft_prob_req_ids = proposals.q, proposals.q_request_ids
+    return proposals.target_ids
+
+
+def _read(runner: Any, scheduler_output: Any, sampled_token_ids: list[list[int]]) -> list[RequestSnapshot]:
+    proposer = runner.drafter
+    proposer.release(proposer.reader.ended(runner, scheduler_output))
+    found: list[RequestSnapshot] = proposer.reader.read(runner, sampled_token_ids)
+    return found
 
 
 def _input_fits_in_drafter(fits: Any, runner: Any, common_attn_metadata: Any) -> Any:
@@ -241,75 +320,4 @@ def _drop_padding(runner: Any, num_requests: int) -> list[int] | None:
 
 
 def _is_ours(drafter: Any) -> bool:
-    from vllm_tokentiming.vllm.proposer import TokenTimingProposer
-
-    return isinstance(drafter, TokenTimingProposer)
-
-
-def _take_over(runner: Any, scheduler_output: Any, sampled_token_ids: list[list[int]]) -> list[RequestSnapshot]:
-    """Tell the proposer which requests are gone, and describe the batch that is there."""
-    proposer, requests, batch = runner.drafter, runner.requests, runner.input_batch
-    # A request that ends is gone from `requests`; if another one took its id in the same step, its state is another
-    # object. A preempted one keeps both, and loses its blocks.
-    gone = [request_id for request_id, owner in proposer.owners.items() if requests.get(request_id) is not owner]
-    proposer.release([*gone, *(scheduler_output.preempted_req_ids or ())])
-    for request_id in gone:
-        for known in (proposer.owners, proposer.cache_salts, proposer.samplings):
-            known.pop(request_id, None)
-    proposer.cache_salts.update(compat.cache_salts(scheduler_output))
-
-    committed = []
-    for index, request_id in enumerate(batch.req_ids):
-        num_target = int(batch.num_tokens_no_spec[index])
-        request = proposer.owners[request_id] = requests[request_id]
-        parameters = request.sampling_params
-        if request.prompt_embeds is not None:  # There are no prompt tokens that the draft could read.
-            num_target = 0
-        max_proposals = 0
-        if sampled_token_ids[index] and num_target:
-            max_proposals = min(
-                runner.num_spec_tokens,
-                runner.max_model_len - num_target - 1,
-                parameters.max_tokens - (num_target - request.num_prompt_tokens) - 1,
-            )
-        known, sampling = proposer.samplings.get(request_id, (None, None))
-        if known is not parameters:
-            sampling = _sampling(request_id, parameters, proposer.seed)
-            proposer.samplings[request_id] = parameters, sampling
-        greedy = parameters.temperature < _GREEDY_BELOW
-        committed.append(
-            RequestSnapshot(
-                request_id,
-                batch.token_ids_cpu[index],
-                num_target,
-                max(max_proposals, 0),
-                sampling,
-                greedy=greedy,
-                reading=not sampled_token_ids[index],
-                # A greedy request writes the same text whatever is proposed.
-                reproducible=parameters.seed is not None and not greedy,
-                cache_salt=proposer.cache_salts.get(request_id),
-                unread=_placeholders(request),
-            )
-        )
-    return committed
-
-
-def _placeholders(request: Any) -> tuple[tuple[int, int], ...]:
-    """Where a prompt has an image, audio or a video: by position, since the ids there mean something in no text."""
-    ranges = (feature.mm_position for feature in request.mm_features or ())
-    return tuple(sorted((place.offset, place.offset + place.length) for place in ranges))
-
-
-def _sampling(request_id: str, parameters: Any, draft_seed: int) -> DraftSampling | None:
-    """How to draw a request's draft; ``None`` if its proposals are to be verified as one-hot."""
-    # vLLM cuts proposals at the first token that the grammar forbids: a choice that looks at the tokens.
-    if parameters.temperature < _GREEDY_BELOW or parameters.structured_outputs is not None:
-        return None
-    return DraftSampling(
-        seed_of(request_id, parameters.seed, draft_seed),
-        parameters.temperature,
-        max(parameters.top_k, 0),
-        parameters.top_p,
-        parameters.min_p,
-    )
+    return isinstance(drafter, CustomClassProposer)

@@ -1,0 +1,356 @@
+"""vLLM's model runner V2 writes with us what it writes without us, whatever happens to requests.
+
+Under Triton's interpreter, in which a step takes tenths of a second: so little is written. What is the same on both
+runners (drafting, alignment, probabilities) is tested on V1.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import engine
+import numpy as np
+import pytest
+from engine_prompts import long_ids, texts
+from test_engine_patches import AT_START, CHOICE, listed_for_upstream
+
+pytestmark = pytest.mark.engine
+
+MAX_LEN, MAX_TOKENS, FEW = 256, 10, 4
+STRATEGIES = ("slem", "tli")
+GRAMMAR = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+def start(draft: dict | None = None, **arguments) -> Any:
+    """An engine on runner V2 with a draft, or alone if `draft` is `None`."""
+    given = {"max_model_len": MAX_LEN, "max_num_seqs": FEW, "kernel_config": {"enable_jit_warmup": False}}
+    speculative = {} if draft is None else {"speculative_config": engine.speculation(**draft)}
+    return engine.start_exact(**{**given, **speculative, **arguments})
+
+
+def jobs(tokenizer: Any) -> dict[str, tuple[list, list]]:
+    """Prompts and parameters of the kinds of requests that are written."""
+    prompts = texts(None)
+    greedy = engine.greedy(MAX_TOKENS)
+    several = {"prompt_token_ids": [315, 272, 1104]}
+    return {
+        "texts": (prompts[::6][:32], [greedy] * 32),
+        "up to the last position": (
+            [long_ids(tokenizer, MAX_LEN - left, first=10 * left) for left in (1, 2, 5, 7)],
+            [engine.greedy(left + 10) for left in (1, 2, 5, 7)],
+        ),
+        "penalties and bias": (
+            prompts[:4],
+            [engine.greedy(MAX_TOKENS, repetition_penalty=1.3), engine.greedy(MAX_TOKENS, presence_penalty=0.5)] * 2,
+        ),
+        "stop conditions": (
+            [several] * 3,
+            [engine.greedy(MAX_TOKENS, stop=["."]), engine.greedy(1), engine.greedy(MAX_TOKENS, stop_token_ids=[14])],
+        ),
+        "a grammar": (["The answer is "] * 2, [_with_grammar(), greedy]),
+    }
+
+
+def _with_grammar() -> Any:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    return engine.greedy(MAX_TOKENS, structured_outputs=StructuredOutputsParams(json=GRAMMAR))
+
+
+def write(llm: Any) -> dict[str, list]:
+    return {
+        name: engine.generate(llm, prompts, wanted) for name, (prompts, wanted) in jobs(llm.get_tokenizer()).items()
+    }
+
+
+def logprobs(llm: Any) -> list:
+    """Tokens with their log-probabilities, to three digits, and several outputs of one prompt."""
+    wanted = engine.greedy(MAX_TOKENS, logprobs=2)
+    outputs = llm.generate(["Once upon a time"], wanted, use_tqdm=False)[0].outputs
+    return [
+        sorted((target_id, round(entry.logprob, 3)) for target_id, entry in position.items())
+        for position in outputs[0].logprobs
+    ]
+
+
+def write_everything() -> dict:
+    """In a fresh process: plain, and with every strategy."""
+    plain = start()
+    found: dict = {"plain": write(plain), "logprobs": {"plain": logprobs(plain)}}
+    found |= {"counters": {}, "runner": {}, "known": {}}
+    del plain
+    for name, draft, arguments in (
+        ("tokentiming", {}, {}),
+        *((strategy, {"strategy": strategy}, {}) for strategy in STRATEGIES),
+        ("one at a time", {}, {"max_num_seqs": 1}),
+        ("chunks and caches", {}, {"max_num_batched_tokens": 64, "enable_prefix_caching": True, "block_size": 32}),
+    ):
+        llm = start(draft, **arguments)
+        found[name] = write(llm)
+        found["logprobs"][name] = logprobs(llm)
+        found["counters"][name] = engine.counters(llm)
+        found["runner"][name] = type(engine.runner(llm)).__mro__[1].__module__
+        found["known"][name] = len(engine.drafter(llm).sequences.by_request)
+        del llm  # An engine that goes takes vLLM's process groups with it, so it has to go before the next one comes.
+    return found
+
+
+@pytest.fixture(scope="module")
+def written():
+    return engine.in_fresh_process(write_everything, on_v2=True)
+
+
+WAYS = pytest.mark.parametrize("way", ["tokentiming", *STRATEGIES, "one at a time", "chunks and caches"])
+
+
+@WAYS
+def test_greedy_output_is_plain_decodings(written, way):
+    assert written[way] == written["plain"]
+
+
+@WAYS
+def test_proposals_are_accepted_on_runner_v2_without_a_fault(written, way):
+    counters = written["counters"][way]
+    assert written["runner"][way] == "vllm.v1.worker.gpu.model_runner"
+    assert 0 < counters["accepted"] < counters["proposed"]
+    assert counters["faults"] == 0
+
+
+@WAYS
+def test_logprobs_are_plain_decodings(written, way):
+    assert written["logprobs"][way] == written["logprobs"]["plain"]
+
+
+@WAYS
+def test_requests_that_ended_are_forgotten(written, way):
+    assert written["known"][way] <= 1  # vLLM tells of an end in the next step.
+
+
+def preempt_and_abort() -> dict:
+    """In a fresh process: so few blocks that requests are preempted, and some are aborted meanwhile."""
+    plain, wanted = start(), engine.greedy(40)
+    prompts = [long_ids(plain.get_tokenizer(), 60, first=30 * i) for i in range(4)]
+    expected = engine.generate(plain, prompts, wanted)
+    del plain
+    llm = start({}, num_gpu_blocks_override=11, block_size=32)
+    outputs = engine.generate(llm, prompts, wanted)
+    preemptions = engine.counters(llm)["preemptions"]
+    steps = llm.llm_engine
+    for i, prompt in enumerate(prompts):
+        steps.add_request(str(i), {"prompt_token_ids": prompt}, wanted)
+    finished: dict[str, list[int]] = {}
+    for step in range(200):
+        if step == 5:
+            steps.abort_request([next(iter(engine.runner(llm).req_states.req_id_to_index))], internal=True)
+        for output in steps.step():
+            if output.finished:
+                finished[output.request_id] = list(output.outputs[0].token_ids)
+        if not steps.has_unfinished_requests():
+            break
+    engine.generate(llm, [[5]], engine.greedy(2))
+    pool = engine.pool(llm)
+    return {
+        "expected": expected, "outputs": outputs, "finished": finished, "preemptions": preemptions,
+        "faults": engine.counters(llm)["faults"], "known": len(engine.drafter(llm).sequences.by_request),
+        "held": pool.num_blocks - pool.num_free_blocks,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def preempted():
+    return engine.in_fresh_process(preempt_and_abort, on_v2=True)
+
+
+def test_preempted_requests_go_on_as_if_nothing_had_happened(preempted):
+    assert preempted["preemptions"] > 0
+    assert preempted["outputs"] == preempted["expected"]
+    assert preempted["faults"] == 0
+
+
+def test_an_aborted_request_disturbs_no_other(preempted):
+    assert len(preempted["finished"]) == len(preempted["expected"]) - 1
+    assert all(ids == preempted["expected"][int(name)] for name, ids in preempted["finished"].items())
+
+
+def test_what_ended_holds_nothing_of_the_drafts_cache(preempted):
+    assert preempted["known"] <= 1
+    assert preempted["held"] <= 1
+
+
+class Recorder:
+    """Keeps what the proposer is given and what it proposes."""
+
+    def __init__(self, proposer: Any) -> None:
+        self.steps: list[dict] = []
+        self._proposer, self._whole = proposer, proposer.propose_batch
+        proposer.propose_batch = self
+
+    def __call__(self, read: Any, num_requests: int, num_scheduled: int) -> Any:
+        kept: list = []
+
+        def reading() -> Any:
+            kept.extend(read())
+            return kept
+
+        proposals = self._whole(reading, num_requests, num_scheduled)
+        q = proposals.q
+        self.steps.append(
+            {
+                "snapshots": [_described(snapshot) for snapshot in kept],
+                "target_ids": dict(zip((s.request_id for s in kept), proposals.target_ids, strict=True)),
+                "q": None if q is None else dict(zip(proposals.q_request_ids, _digests(q), strict=True)),
+                "stages": sorted([name, position, len(found)] for (name, position), found in proposals.stages.items()),
+            }
+        )
+        return proposals
+
+
+def _described(snapshot: Any) -> dict:
+    import dataclasses
+
+    found = dataclasses.asdict(snapshot)
+    return found | {"target_ids": snapshot.target_ids[: snapshot.num_target].tolist()}
+
+
+def _digests(q: Any) -> list[list[float]]:
+    """A few numbers of each request's probabilities that differ if they do."""
+    weights = np.random.default_rng(0).random(q.shape[-1]).astype(np.float32)
+    return [[float(row @ weights) for row in of_request.numpy()] for of_request in q]
+
+
+def record(temperature: float) -> list[dict]:
+    """In a fresh process, on either runner: what is drafted for a batch."""
+    import os
+
+    os.environ["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"
+    llm = start({"enable_prefix_caching": False})
+    recorder = Recorder(engine.proposer(llm))
+    wanted = engine.greedy(MAX_TOKENS, **({"temperature": temperature, "seed": 7} if temperature else {}))
+    engine.generate(llm, texts(None)[::9][:12], wanted)
+    return recorder.steps
+
+
+def replay(steps: list[dict]) -> list[dict]:
+    """In a fresh process, on either runner: what is drafted for snapshots that another engine had."""
+    from vllm_tokentiming.draft.batch import RequestSnapshot
+    from vllm_tokentiming.draft.sampling import DraftSampling
+
+    proposer = engine.proposer(start({"enable_prefix_caching": False}))
+    recorder = Recorder(proposer)
+    alive: set[str] = set()
+    for step in steps:
+        batch = []
+        for given in step["snapshots"]:
+            sampling = given["sampling"] and DraftSampling(**given["sampling"])
+            unread = tuple(map(tuple, given["unread"]))
+            ids = np.array(given["target_ids"], dtype=np.int32)
+            batch.append(RequestSnapshot(**{**given, "sampling": sampling, "unread": unread, "target_ids": ids}))
+        names = {snapshot.request_id for snapshot in batch}
+        proposer.release(alive - names)
+        alive = names
+        recorder(functools.partial(list, batch), len(batch), 1)
+    return recorder.steps
+
+
+def _by_request(steps: list[dict]) -> dict[str, list]:
+    """The snapshots and proposals of each request in order, whatever its place in the batch; without empty steps."""
+    found: dict[str, list] = {}
+    for step in steps:
+        for snapshot in step["snapshots"]:
+            name = snapshot["request_id"]
+            found.setdefault(name, []).append([snapshot, step["target_ids"][name]])
+    return found
+
+
+def test_both_runners_describe_the_same_requests_and_propose_the_same_tokens():
+    on_v1, on_v2 = (engine.in_fresh_process(record, temperature=0.0, on_v2=on_v2) for on_v2 in (False, True))
+    assert any(ids for steps in _by_request(on_v2).values() for _, ids in steps)
+    assert _by_request(on_v2) == _by_request(on_v1)
+
+
+def test_both_runners_draw_the_same_proposals_with_the_same_probabilities():
+    drawn = engine.in_fresh_process(record, temperature=0.9, on_v2=True)
+    again = engine.in_fresh_process(replay, steps=drawn)
+    assert sum(step["q"] is not None for step in drawn) > 5
+    for left, right in zip(drawn, again, strict=True):
+        assert left["target_ids"] == right["target_ids"]
+        assert left["stages"] == right["stages"]
+        assert (left["q"] is None) == (right["q"] is None)
+        for name, rows in (left["q"] or {}).items():
+            np.testing.assert_allclose(rows, right["q"][name], rtol=1e-4, atol=1e-6)
+
+
+# What is called of ours in a step on runner V2: owner and name.
+INNER = (
+    ("TokenTimingSpeculator", "_read"),
+    ("ProposalsBySlot", "put"),
+    ("ProposalsBySlot", "withdraw"),
+    ("ProposalsBySlot", "without_fillers"),
+    ("ProposalsBySlot", "logits"),
+    ("ProposalsBySlot", "verify_stages"),
+)
+IN_START = ("init_speculator", "GPUModelRunner.load_model")
+
+
+def break_everything() -> dict:
+    """In a fresh process: the same requests while one thing of ours after the other fails, in every call."""
+    from test_engine_patches import _Fault, _replaced
+
+    from vllm_tokentiming.vllm import faults, patches, runner_v2
+
+    faults._MOST_STEPS_OFF = 0  # Drafting goes on whatever fails, so that there is more to fail.
+    prompts = texts(None)[::20][:4]
+    wanted = [engine.greedy(6), engine.greedy(6, temperature=0.9, seed=3)] * 2
+
+    def written(llm: Any) -> dict:
+        outputs = engine.generate(llm, prompts, wanted)
+        return {"greedy": outputs[::2], "lengths": [len(target_ids) for target_ids in outputs]}
+
+    plain = start()
+    found: dict = {"plain": written(plain), "patches": {}, "inner": {}}
+    del plain
+    llm = start({})
+    found["whole"] = written(llm)
+    for patch in patches.installed():
+        fault = _Fault()
+        with _replaced(patch, "ours", fault):
+            found["patches"][patch.name] = written(llm) | {"raised": fault.num_raised}
+    for owner, name in INNER:
+        fault = _Fault()
+        with _replaced(getattr(runner_v2, owner), name, fault):
+            found["inner"][name] = written(llm) | {"raised": fault.num_raised}
+    before = engine.counters(llm)["accepted"]
+    found["in the end"] = written(llm) | {"accepted": engine.counters(llm)["accepted"] - before}
+    return found
+
+
+@pytest.fixture(scope="module")
+def broken():
+    return engine.in_fresh_process(break_everything, on_v2=True)
+
+
+def test_a_patch_that_fails_costs_no_request(broken):
+    at_start = {name for name in broken["patches"] if name in (AT_START, *CHOICE) or name.endswith(IN_START)}
+    for name, found in broken["patches"].items():
+        assert name in at_start or found["raised"] > 0, f"{name} was never called: add requests that call it"
+        assert found["greedy"] == broken["plain"]["greedy"], name
+        assert found["lengths"] == broken["plain"]["lengths"], name
+
+
+@pytest.mark.parametrize("name", [name for _, name in INNER])
+def test_a_part_of_a_step_that_fails_costs_no_request(broken, name):
+    found = broken["inner"][name]
+    assert found["raised"] > 0
+    assert found["greedy"] == broken["plain"]["greedy"]
+    assert found["lengths"] == broken["plain"]["lengths"]
+
+
+def test_speculation_goes_on_in_the_end(broken):
+    assert broken["in the end"]["accepted"] > 0
+    assert broken["in the end"]["greedy"] == broken["whole"]["greedy"] == broken["plain"]["greedy"]
+
+
+def test_the_list_for_upstream_has_every_patch_of_runner_v2_and_no_other(broken):
+    of_v2 = {name.rpartition(".")[2] for name in broken["patches"]} - listed_for_upstream("model runner V1")
+    assert listed_for_upstream("model runner V2") - {"rejection_sample"} == of_v2

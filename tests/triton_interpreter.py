@@ -1,0 +1,59 @@
+"""Lets vLLM's Triton kernels run on a machine without an accelerator, under Triton's own interpreter, for tests.
+
+Imported before vLLM, in a process that has Triton on its path. vLLM believes in Triton on a CPU only if there is a
+backend of that name, so one is named here, which the interpreter never asks for anything. Three things that the
+interpreter of 3.9.0 lacks are added: `log1p`, `isnan`, and masks that are integers. (vLLM's kernel for top-p does not
+run in it even so.) A step of an engine takes tenths of a second.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import triton
+import triton.backends
+import triton.language as tl
+from triton.language.extra import libdevice
+from triton.runtime import interpreter
+
+
+class _Driver:
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+
+@triton.jit
+def _log1p(x):
+    return tl.log(x + 1.0)
+
+
+@triton.jit
+def _isnan(x):
+    return x != x
+
+
+def _with_boolean_masks(method: Any, place: int) -> Any:
+    """Wrap a load or store of the interpreter, whose mask is the argument at a place."""
+
+    def wrapped(self: Any, *arguments: Any) -> Any:
+        given = list(arguments)
+        mask = given[place]
+        if mask is not None and mask.data.dtype != np.bool_:
+            given[place] = interpreter.TensorHandle(mask.data.astype(np.bool_), tl.int1)
+        return method(self, *given)
+
+    return wrapped
+
+
+triton.backends.backends["cpu"] = triton.backends.Backend(None, _Driver)
+libdevice.log1p, libdevice.isnan = _log1p, _isnan
+_builder = interpreter.InterpreterBuilder
+_builder.create_masked_load = _with_boolean_masks(_builder.create_masked_load, 1)
+_builder.create_masked_store = _with_boolean_masks(_builder.create_masked_store, 2)
+# Rows of -inf, as of positions without a proposal, are computed with and not used.
+np.seterr(invalid="ignore")

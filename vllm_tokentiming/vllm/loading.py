@@ -1,0 +1,131 @@
+"""Makes the drafter of a worker: the draft model, both vocabularies, and the strategy."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+
+from vllm_tokentiming.align.prior import AlignmentPrior
+from vllm_tokentiming.config import ATTRIBUTE, TokenTimingConfig, settings_in
+from vllm_tokentiming.draft.length import FixedLength
+from vllm_tokentiming.vllm import patches
+from vllm_tokentiming.vllm.vocabulary_loader import load_pair, startup_cache
+
+if TYPE_CHECKING:
+    from vllm_tokentiming.draft.protocol import DraftModel
+    from vllm_tokentiming.drafter import Drafter
+    from vllm_tokentiming.vocab.pair import VocabularyPair
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+def settings_of(vllm_config: VllmConfig) -> Mapping[str, Any]:
+    """Our settings in a worker's configuration.
+
+    Raises:
+        SettingsError: There are none.
+    """
+    settings: Mapping[str, Any] | None = getattr(vllm_config.speculative_config, ATTRIBUTE, None)
+    # Where our plugin is switched off, nobody has taken them out of where the user put them.
+    return settings_in(vllm_config.additional_config) if settings is None else settings
+
+
+def load_drafter(
+    vllm_config: VllmConfig, settings: TokenTimingConfig, length: FixedLength, *, takes_q: bool
+) -> tuple[Drafter, Callable[[], None]]:
+    """Load the draft model and read both vocabularies.
+
+    Args:
+        vllm_config: The worker's configuration.
+        settings: Our settings.
+        length: Decides how much is drafted.
+        takes_q: Whether this vLLM verifies with the probabilities of proposals.
+
+    Returns:
+        The drafter, and a function that makes its largest step (``rehearsal.py``).
+
+    Raises:
+        SettingsError: The draft cannot be used.
+    """
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+    from vllm_tokentiming.drafter import Drafter
+    from vllm_tokentiming.rehearsal import rehearse
+    from vllm_tokentiming.transfer.proposals import Writer
+    from vllm_tokentiming.vllm.draft_model import PagedDraftModel
+
+    patches.check()
+    eager = settings.enforce_eager
+    if eager is None:
+        eager = vllm_config.model_config.enforce_eager
+    logger.info(
+        "TokenTiming: loading the draft model %s%s.", settings.model,
+        "" if eager else "; compiling it takes minutes unless vLLM's cache has it",
+    )  # fmt: skip
+    num_proposals = vllm_config.speculative_config.num_speculative_tokens
+    max_draft_tokens = settings.max_draft_tokens or 2 * num_proposals
+    model = PagedDraftModel(vllm_config, settings, max_draft_tokens)
+    logger.info("TokenTiming: reading both vocabularies, which takes seconds if they are large.")
+    pair = load_pair(settings, vllm_config.model_config, model.model_config)
+    logger.info(
+        "TokenTiming: target vocabulary %d (%s), draft vocabulary %d (%s), %s alignment; special tokens "
+        "(target to draft): %s; boundaries of chat messages that the draft reads in its own template: %d.",
+        pair.target.token_bytes.size, pair.target.token_bytes.kind.value,
+        pair.draft.token_bytes.size, pair.draft.token_bytes.kind.value,
+        "byte-exact" if pair.exact else "lossy, warped", _describe_special_tokens(pair),
+        len(pair.turns.texts),
+    )  # fmt: skip
+    # Made here, not in the first request: a kept vocabulary makes its encoder when something is to be encoded.
+    _ = pair.target.encoder, pair.draft.encoder
+    if not takes_q:
+        logger.warning(
+            "TokenTiming: this vLLM takes no proposal probabilities from a plugin, so sampled requests are "
+            "verified as one-hot: exact as well, but fewer of their proposals will be accepted."
+        )
+    writer = Writer(
+        pair,
+        startup_cache().transducer(pair, one_to_one=settings.strategy == "tli"),
+        settings.strategy,
+        draft_size=model.vocab_size,
+        target_size=vllm_config.model_config.get_vocab_size(),
+        num_proposals=num_proposals,
+        max_draft_tokens=max_draft_tokens,
+        device=model.device,
+        max_q_bytes=int(settings.q_memory_gib * (1 << 30)) if takes_q else 0,
+        length=length,
+        truncate=apply_top_k_top_p,
+        log_prior=_log_prior(settings, pair, model),
+    )
+    max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+    return (
+        Drafter(pair, model, writer, length, max_draft_tokens),
+        functools.partial(rehearse, model, writer, max_num_seqs, num_proposals),
+    )
+
+
+def _describe_special_tokens(pair: VocabularyPair) -> str:
+    target, draft = pair.target.token_bytes.special, pair.draft.token_bytes.special
+    shown = [f"{target[t]} = {draft[d]}" for t, d in sorted(pair.special.to_draft.items())]
+    return ", ".join(shown[:8] + (["..."] if len(shown) > 8 else [])) or "none in common"
+
+
+def _log_prior(settings: TokenTimingConfig, pair: VocabularyPair, model: DraftModel) -> npt.NDArray[np.float64] | None:
+    power = settings.alignment_prior
+    if settings.strategy != "tokentiming" or power == 0:
+        return None
+    from vllm_tokentiming.draft.self_sample import write_texts
+
+    logger.info(
+        "TokenTiming: the draft writes a sample text for the alignment prior, which takes minutes where its passes "
+        'are slow; "alignment_prior": 0 leaves it out.'
+    )
+    prior = AlignmentPrior(pair)
+    for draft_ids in write_texts(model, pair):
+        prior.observe(pair.draft.token_bytes.decode(draft_ids))
+    return power * np.log(prior.weights())

@@ -1,0 +1,461 @@
+"""vLLM's model runner V2: the speculator that it gets from us, and what its verifier gets.
+
+V2 takes a speculator in the place of V1's proposer. It has request slots, and keeps on the device what was sampled.
+vLLM makes speculators only of methods that it knows, so these functions are ours, for our method alone; ``install``
+says when each can go:
+
+- ``init_speculator``: makes ours.
+- ``GPUModelRunner.load_model``: loads the draft model after the target.
+- ``GPUModelRunner.add_requests``, ``_remove_request``: say which request has which slot and parameters, and which
+  ended.
+- ``GPUModelRunner.take_draft_token_ids``: gives each request as many proposals as it has, if steps are scheduled one
+  after the other. Scheduled asynchronously, each has as many as there can be; those without a proposal are rejected.
+- ``rejection_sample``: turns our probabilities into the logits that V2 wants, and verifies all stages of a proposal but
+  the last (``verify.py``).
+
+That V2 is chosen at all is in ``runner_choice.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
+
+from vllm_tokentiming.config import PROPOSER
+from vllm_tokentiming.draft.batch import RequestSnapshot
+from vllm_tokentiming.drafter import Proposals
+from vllm_tokentiming.tensors import upload
+from vllm_tokentiming.verify import verify_stages
+from vllm_tokentiming.vllm import patches
+from vllm_tokentiming.vllm.compat import cache_salt
+from vllm_tokentiming.vllm.proposer import TokenTimingProposer
+from vllm_tokentiming.vllm.requests import KnownRequest, known_request
+
+_FILLER = 0  # A target id that stands where there is no proposal: vLLM reads its embedding, and we have it rejected.
+
+
+class ProposalsBySlot:
+    """The proposals that the target verifies next, as runner V2 looks for them: by request slot.
+
+    vLLM hands its verifier what a speculator has as ``draft_logits`` without a look at it. Ours is this object, which
+    ``rejection_sample`` turns into tensors.
+
+    Attributes:
+        guard: Contains faults of ours.
+    """
+
+    def __init__(self, proposer: TokenTimingProposer, max_num_reqs: int, device: torch.device) -> None:
+        """Begin without any proposal.
+
+        Args:
+            proposer: Ours.
+            max_num_reqs: Number of slots.
+            device: Where the target's logits are.
+        """
+        self.guard = proposer.guard
+        self._device = device
+        self._max_num_reqs = max_num_reqs
+        # On the device: of a step that is scheduled asynchronously, the host does not know what was proposed before.
+        self._numbers = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
+        self._rows = self._no_rows()
+        self._q: torch.Tensor | None = None
+        self._stages: Mapping[tuple[int, int], Any] = {}
+
+    def forget(self) -> None:
+        """Free the probabilities, which have been verified."""
+        self._q, self._stages = None, {}
+
+    def put(self, slots: Sequence[int], request_ids: Sequence[str], proposals: Proposals) -> None:
+        """Take the proposals of a step.
+
+        Args:
+            slots: Of each request in the batch.
+            request_ids: The requests.
+            proposals: Theirs.
+        """
+        numbers = [len(target_ids) for target_ids in proposals.target_ids]
+        self._numbers[upload(slots, self._device)] = upload(numbers, self._device, torch.int32)
+        self._q, self._stages = proposals.q, {}
+        if proposals.q is not None:
+            slot_of = dict(zip(request_ids, slots, strict=True))
+            with_q = [slot_of[request_id] for request_id in proposals.q_request_ids]
+            self._rows = self._no_rows()
+            self._rows[upload(with_q, self._device)] = torch.arange(len(with_q), device=self._device)
+            self._stages = {(slot_of[name], position): found for (name, position), found in proposals.stages.items()}
+
+    def withdraw(self, slot: int) -> None:
+        """Forget the proposals of a slot that has another request now."""
+        self._numbers[slot] = 0
+        self._rows[slot] = -1
+
+    def without_fillers(self, proposed_ids: torch.Tensor, slots: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Mark what was not proposed, so that the verifier rejects it and draws from the target's distribution.
+
+        Marks, too, what was proposed in an earlier step than the last one, if there are probabilities for that one.
+
+        Args:
+            proposed_ids: ``[logits]``; the entry at place ``i`` of a request is its proposal ``i - 1``.
+            slots: ``[logits]``, of the requests.
+            places: ``[logits]``, of the logits within each request, from 0.
+
+        Returns:
+            The same with -1 where there is no proposal.
+        """
+        fillers = places > self._numbers[slots]
+        if self._q is not None:
+            fillers |= self._rows[slots] < 0
+        return proposed_ids.masked_fill(fillers, -1)
+
+    def logits(self, slots: torch.Tensor, temperatures: torch.Tensor) -> torch.Tensor | None:
+        """Return the draft's logits that the verifier wants.
+
+        Args:
+            slots: ``[requests]``.
+            temperatures: ``[requests]``, 0 for greedy requests, whose logits are not read.
+
+        Returns:
+            ``[requests, proposals, target vocabulary] float32``, the logarithms of the probabilities that the proposals
+            were drawn with, times the temperature, which the verifier divides by. ``None`` if all are one-hot.
+        """
+        if self._q is None:
+            return None
+        q = self._q[self._rows[slots].clamp(min=0)]
+        scale = torch.where(temperatures > 0, temperatures, torch.ones_like(temperatures))
+        return q.log_().mul_(scale[:, None, None])
+
+    def verify_stages(
+        self,
+        target_logits: torch.Tensor,
+        draft_logits: torch.Tensor,
+        proposed_ids: torch.Tensor,
+        first_places: torch.Tensor,
+        slots: torch.Tensor,
+        temperatures: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Verify all stages of proposals but the last, and change both sides' logits to what is left to verify.
+
+        Args:
+            target_logits: ``[logits, target vocabulary] float32``; changed.
+            draft_logits: As ``logits`` returns them; changed.
+            proposed_ids: ``[logits]``, -1 where there is no proposal.
+            first_places: ``[requests]``, where each request begins in the logits.
+            slots: ``[requests]``.
+            temperatures: ``[requests]``.
+
+        Returns:
+            The rows of ``target_logits`` that were changed, and what they were before; ``None`` if there are none.
+        """
+        if not self._stages:
+            return None
+        layout = torch.stack([first_places.long(), slots.long()]).tolist()
+        proposed = proposed_ids.tolist()
+        ends = [*layout[0][1:], len(proposed)]
+        places: list[tuple[int, int, int]] = []  # Rows of the target's logits, requests, positions.
+        stages = {}
+        for index, (first, slot, end) in enumerate(zip(*layout, ends, strict=True)):
+            for position in range(end - first - 1):
+                found = self._stages.get((slot, position))
+                if found is not None and proposed[first + position + 1] >= 0:
+                    stages[len(places)] = found
+                    places.append((first + position, index, position))
+        if not places:
+            return None
+        rows, requests, positions = (upload(column, self._device) for column in zip(*places, strict=True))
+        before = target_logits[rows]
+        p, q = before.clone(), torch.zeros_like(before)
+        verify_stages(p, q, proposed_ids[rows + 1], stages)
+        target_logits[rows] = p
+        draft_logits[requests, positions] = q.log_().mul_(temperatures[requests].unsqueeze(1))
+        return rows, before
+
+    def _no_rows(self) -> torch.Tensor:
+        return torch.full((self._max_num_reqs,), -1, dtype=torch.int64, device=self._device)
+
+
+class TokenTimingSpeculator(BaseSpeculator):  # type: ignore[misc]  # It is `Any` to mypy, as all of vLLM's.
+    """The speculator of runner V2 (``vllm/v1/worker/gpu/spec_decode/speculator.py``).
+
+    Attributes:
+        proposer: What drafts, the same as on runner V1.
+        draft_logits: What vLLM hands to its verifier.
+        supports_mm_inputs: vLLM's question whether the draft wants embeddings of images.
+    """
+
+    supports_mm_inputs = False
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, req_states: Any) -> None:
+        """Read the settings.
+
+        Args:
+            vllm_config: The worker's configuration, with our settings (``config.py``).
+            device: Where the target is.
+            req_states: vLLM's ``RequestState``: what is in each slot.
+
+        Raises:
+            SettingsError: A setting cannot work.
+        """
+        self.proposer = TokenTimingProposer(vllm_config)
+        self.draft_logits = ProposalsBySlot(self.proposer, req_states.max_num_reqs, device)
+        self._states = req_states
+        self._device = device
+        self._max_len = vllm_config.model_config.max_model_len
+        self._scheduled_async = bool(vllm_config.scheduler_config.async_scheduling)
+        self._known: dict[str, KnownRequest] = {}
+        self._numbers: list[int] | None = None  # Of proposals for each request of the last step.
+        # Written anew in each step: vLLM writes into what it gets.
+        self._proposed = torch.zeros(
+            req_states.max_num_reqs, self.proposer.num_speculative_tokens, dtype=torch.int64, device=device
+        )
+
+    def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
+        """Do nothing: the draft has its own passes (``draft_model.py``)."""
+
+    def capture(self) -> None:
+        """Do nothing, for the same reason."""
+
+    def load(self, why: str) -> None:
+        """Load the draft model and read both vocabularies.
+
+        Args:
+            why: The reason for this runner, for the log.
+
+        Raises:
+            SettingsError: The draft cannot be used.
+        """
+        self.proposer.load(runner=f"vLLM's model runner V2, {why}", takes_q=True)
+
+    def add(self, request: Any) -> None:
+        """Take in a request that begins, or is resumed.
+
+        Args:
+            request: vLLM's ``NewRequestData``.
+        """
+        with self.proposer.guard():
+            self._known.pop(request.req_id, None)
+            if request.sampling_params is None:
+                return
+            slot = self._states.req_id_to_index[request.req_id]
+            self._known[request.req_id] = known_request(
+                request.req_id,
+                request,
+                num_prompt_tokens=int(self._states.prompt_len.np[slot]),
+                cache_salt=cache_salt(request),
+                draft_seed=self.proposer.seed,
+            )
+            self.draft_logits.withdraw(slot)
+
+    def remove(self, request_id: str) -> None:
+        """Forget a request that ended or lost its slot."""
+        with self.proposer.guard():
+            if self._known.pop(request_id, None) is not None:
+                self.proposer.release([request_id])
+
+    def propose(
+        self, input_batch: Any, *args: Any, dummy_run: bool = False, is_profile: bool = False, **kwargs: Any
+    ) -> torch.Tensor:
+        """Propose target tokens.
+
+        Args:
+            input_batch: vLLM's batch.
+            args: See ``BaseSpeculator.propose``. Only the numbers of sampled tokens, ``[requests] int32``, are used.
+            dummy_run: Whether vLLM only wants to see a step.
+            is_profile: Whether it measures memory meanwhile.
+            kwargs: As ``args``. ``num_speculative_tokens`` is the most that vLLM wants in this step.
+
+        Returns:
+            ``[requests, proposals] int64``, with an id that is to be rejected where there is no proposal.
+        """
+        num_requests = len(input_batch.req_ids) if not dummy_run else input_batch.num_reqs
+        proposed = self._proposed[:num_requests].fill_(_FILLER)
+        if dummy_run:
+            if is_profile:
+                self.proposer.rehearse()
+            return proposed
+        wanted = _propose_parameters(input_batch, args, kwargs)
+        self.draft_logits.forget()
+        slots = input_batch.idx_mapping_np.tolist()
+        most = wanted.get("num_speculative_tokens")
+        most = self.proposer.num_speculative_tokens if most is None else most
+        proposals = self.proposer.propose_batch(
+            functools.partial(self._read, input_batch.req_ids, slots, wanted["num_sampled"], most),
+            num_requests,
+            input_batch.num_tokens,
+        )
+        self._numbers = [0] * num_requests
+        with self.proposer.guard():
+            self.draft_logits.put(slots, input_batch.req_ids, proposals)
+            self._numbers = [len(target_ids) for target_ids in proposals.target_ids]
+            if (longest := max(self._numbers, default=0)) > 0:
+                rows = [[*ids, *[_FILLER] * (longest - len(ids))] for ids in proposals.target_ids]
+                proposed[:, :longest] = upload(rows, self._device)
+        return proposed
+
+    def ragged(self, taken: Any) -> Any:
+        """Give each request as many proposals as it has.
+
+        Args:
+            taken: vLLM's ``DraftTokenIds``; changed.
+        """
+        if taken is not None and self._numbers is not None and not self._scheduled_async:
+            found = taken.draft_token_ids
+            if len(found) == len(self._numbers):
+                taken.draft_token_ids = [ids[:number] for ids, number in zip(found, self._numbers, strict=True)]
+        return taken
+
+    def _read(
+        self, request_ids: Sequence[str], slots: Sequence[int], num_sampled: torch.Tensor, most: int
+    ) -> list[RequestSnapshot]:
+        """Describe the batch; waits for what the target has sampled."""
+        index = upload(slots, self._device)
+        # The one wait of a step. After it, what the device has written into the host's memory is there, too.
+        sampled, num_target = torch.stack([num_sampled[: len(slots)], self._states.total_len.gpu[index]]).tolist()
+        return [
+            self._known[request_id].snapshot(
+                target_ids,
+                number,
+                reading=not some,
+                max_proposals=most,
+                max_len=self._max_len,
+            )
+            for request_id, target_ids, number, some in zip(
+                request_ids, self._target_ids(slots, index), num_target, sampled, strict=True
+            )
+        ]
+
+    def _target_ids(self, slots: Sequence[int], index: torch.Tensor) -> Sequence[npt.NDArray[np.int32]]:
+        """Return the tokens in some slots: vLLM's memory on the host, if they are there, else a copy."""
+        all_token_ids = self._states.all_token_ids
+        on_host = getattr(all_token_ids, "_uva_buf", None)
+        if on_host is not None:
+            return [on_host.np[slot] for slot in slots]
+        return list(all_token_ids.gpu[index].cpu().numpy())
+
+
+@functools.cache
+def _propose_signature() -> inspect.Signature:
+    return inspect.signature(BaseSpeculator.propose)
+
+
+def _propose_parameters(input_batch: Any, args: Any, kwargs: Any) -> Mapping[str, Any]:
+    return _propose_signature().bind(None, input_batch, *args, **kwargs).arguments
+
+
+@functools.cache
+def _verifier() -> inspect.Signature:
+    from vllm.v1.worker.gpu.spec_decode import rejection_sampler
+
+    return inspect.signature(rejection_sampler.rejection_sample)
+
+
+def install() -> None:
+    """Hook into the model runner. Can be called any number of times."""
+    from vllm.v1.worker.gpu import model_runner
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu.spec_decode import rejection_sampler
+
+    since = "0.32.0, 0.33.0"
+    until = "a plugin may register a speculator for runner V2"
+    patches.install(model_runner, "init_speculator", _init_speculator, since=since, until=until)
+    patches.install(GPUModelRunner, "load_model", _load_model, since=since, until=until)
+    until = "runner V2 tells speculators which requests begin and end"
+    patches.install(GPUModelRunner, "add_requests", _add_requests, since=since, until=until)
+    patches.install(GPUModelRunner, "_remove_request", _remove_request, since=since, until=until)
+    until = "runner V2 asks a speculator how many tokens it proposes for each request"
+    patches.install(GPUModelRunner, "take_draft_token_ids", _take_draft_token_ids, since=since, until=until)
+    until = "vLLM lets a speculator shape the target's distribution that its proposals are verified against"
+    patches.install(
+        rejection_sampler, "rejection_sample", _rejection_sample, since=since, until=until, instead=_one_hot
+    )  # fmt: skip
+
+
+def _init_speculator(init: Any, vllm_config: Any, device: Any, req_states: Any) -> Any:
+    speculative = vllm_config.speculative_config
+    if speculative.method == "custom_class" and speculative.model == PROPOSER:
+        return TokenTimingSpeculator(vllm_config, device, req_states)
+    return init(vllm_config, device, req_states)
+
+
+def _load_model(load: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
+    from vllm_tokentiming.vllm.runner_choice import reason_for_v2
+
+    loaded = load(runner, *args, **kwargs)
+    if _is_ours(runner):
+        runner.speculator.load(reason_for_v2())
+    return loaded
+
+
+def _add_requests(add: Any, runner: Any, scheduler_output: Any) -> Any:
+    added = add(runner, scheduler_output)
+    if _is_ours(runner):
+        for request in scheduler_output.scheduled_new_reqs:
+            runner.speculator.add(request)
+    return added
+
+
+def _remove_request(remove: Any, runner: Any, request_id: str, *args: Any, **kwargs: Any) -> Any:
+    if _is_ours(runner):
+        runner.speculator.remove(request_id)
+    return remove(runner, request_id, *args, **kwargs)
+
+
+def _take_draft_token_ids(take: Any, runner: Any) -> Any:
+    taken = take(runner)
+    return runner.speculator.ragged(taken) if _is_ours(runner) else taken
+
+
+def _is_ours(runner: Any) -> bool:
+    return isinstance(getattr(runner, "speculator", None), TokenTimingSpeculator)
+
+
+def _rejection_sample(verify: Any, *args: Any, **kwargs: Any) -> Any:
+    call = _verifier().bind(*args, **kwargs).arguments
+    proposals = call["draft_logits"]
+    if not isinstance(proposals, ProposalsBySlot):
+        return verify(*args, **kwargs)
+    call["draft_logits"] = None  # If what follows fails, all is verified as one-hot, which is exact as well.
+    target_logits, slots = call["target_logits"], call["idx_mapping"].long()
+    changed = None
+    with proposals.guard("verify"):
+        given = call["draft_sampled"]
+        call["draft_sampled"] = proposals.without_fillers(
+            given, call["expanded_idx_mapping"].long(), call["expanded_local_pos"]
+        )
+        first_places = call["cu_num_logits"][:-1].long()
+        temperatures = call["temperature"][slots]
+        draft_logits = proposals.logits(slots, temperatures)
+        if draft_logits is not None:
+            changed = proposals.verify_stages(
+                target_logits, draft_logits, call["draft_sampled"], first_places, slots, temperatures
+            )
+            # The verifier finds draft logits, temperatures and seeds by one index, and our logits are by request.
+            by_request = torch.arange(len(slots), dtype=call["idx_mapping"].dtype, device=slots.device)
+            lengths = call["cu_num_logits"].diff().long()
+            call.update(
+                draft_logits=draft_logits,
+                temperature=temperatures,
+                seed=call["seed"][slots],
+                idx_mapping=by_request,
+                expanded_idx_mapping=by_request.repeat_interleave(lengths, output_size=len(target_logits)),
+            )
+    try:
+        return verify(**call)
+    finally:
+        if changed is not None:
+            rows, before = changed
+            target_logits[rows] = before  # vLLM may tell clients of log-probabilities, which are the target's.
+
+
+def _one_hot(verify: Any, _fault: Exception, *args: Any, **kwargs: Any) -> Any:
+    """Verify a step after a fault as one-hot: exact, whatever the proposals were drawn with."""
+    call = _verifier().bind(*args, **kwargs).arguments
+    if isinstance(call["draft_logits"], ProposalsBySlot):
+        call["draft_logits"] = None
+    return verify(**call)
