@@ -16,7 +16,7 @@ pytestmark = pytest.mark.engine
 
 BLOCK = 32
 NUM_REQUESTS = 8
-MAX_TOKENS = 80
+MAX_TOKENS = 56
 
 
 class Audit:

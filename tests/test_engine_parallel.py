@@ -13,7 +13,7 @@ from server import EXACT, serving
 pytestmark = pytest.mark.engine
 
 NUM_PROMPTS = 12
-TOKENS = 32
+TOKENS = 16
 COUNTED = ("vllm:spec_decode_num_accepted_tokens", "vllm:tokentiming_draft_passes")
 
 

@@ -15,7 +15,7 @@ from engine_prompts import texts
 
 pytestmark = pytest.mark.engine
 
-MAX_TOKENS = 16
+MAX_TOKENS = 8
 AT_START, WHILE_STARTING = "EngineArgs.create_speculative_config", "GPUModelRunner.profile_run"
 # These choose runner V2, in `test_engine_v2.py`.
 CHOICE = ("VllmConfig._get_v2_model_runner_unsupported_features", "WorkerBase.__init__")

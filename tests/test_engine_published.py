@@ -1,7 +1,8 @@
 """Two published models, each as the draft of the other.
 
-One way round through `LLM`, eagerly and in float32, where greedy text has to be plain decoding's; the other way round
-through a server, compiled and in bfloat16, as users start it. `make test ALL=1` runs both in both ways, and `LLM`
+One way round through `LLM`, eagerly and in float32, where greedy text has to be plain decoding's (the target with the
+smaller vocabulary, from which a CPU samples faster); the other way round through a server, compiled and in bfloat16, as
+users start it. `make test ALL=1` runs both in both ways, and `LLM`
 compiled and in bfloat16, too: each takes minutes.
 
 Two of vLLM's settings are never its defaults here, the size of a pass and the number of requests: vLLM runs and samples
@@ -19,7 +20,7 @@ from server import serving
 
 pytestmark = pytest.mark.engine
 
-TOKENS, PROPOSALS, SEEDS = 12, 6, 4
+TOKENS, PROPOSALS, SEEDS = 10, 6, 3
 FEW = {"max_num_batched_tokens": 256, "max_num_seqs": 16}
 # The largest logits of these models are between 16 and 64, where neighbours in bfloat16 differ by up to 0.25; each of
 # two may be rounded otherwise in a pass over several positions.
@@ -98,7 +99,7 @@ def exact(request) -> bool:
     return request.param
 
 
-@pytest.fixture(scope="module", params=_ways((True, False)))
+@pytest.fixture(scope="module", params=_ways((False, True)))
 def written(request, exact):
     target, draft = map(str, published(*request.param))
     return {"exact": exact} | engine.in_fresh_process(write, target=target, draft=draft, exact=exact)
@@ -122,7 +123,7 @@ def test_proposals_are_accepted_and_nothing_fails(written):
     assert written["counters"]["faults"] == 0
 
 
-@pytest.mark.parametrize("pair", _ways((False, True)))
+@pytest.mark.parametrize("pair", _ways((True, False)))
 def test_a_server_answers_and_counts(pair, tmp_path):
     target, draft = map(str, published(*pair))
     few = [part for name, value in FEW.items() for part in ("--" + name.replace("_", "-"), str(value))]

@@ -58,14 +58,27 @@ def _with_grammar() -> Any:
     return engine.greedy(MAX_TOKENS, structured_outputs=StructuredOutputsParams(json=GRAMMAR))
 
 
-def write(llm: Any) -> dict[str, list]:
+def write(llm: Any, every: int = 1) -> dict[str, list]:
+    """All kinds of requests, of the most numerous one every so many-th."""
+    found = {}
+    for name, (prompts, wanted) in jobs(llm.get_tokenizer()).items():
+        step = every if name == "texts" else 1
+        found[name] = engine.generate(llm, prompts[::step], wanted[::step])
+    return found
+
+
+def sampled(llm: Any) -> dict[str, list]:
+    """Seeded requests beside a greedy one, and alone."""
+    prompts = texts(None)[5:105:50] + texts(None)[:1]
+    wanted = [engine.greedy(6, temperature=0.9, seed=seed) for seed in (3, 4)] + [engine.greedy(6)]
     return {
-        name: engine.generate(llm, prompts, wanted) for name, (prompts, wanted) in jobs(llm.get_tokenizer()).items()
+        "together": engine.generate(llm, prompts, wanted),
+        "alone": [engine.generate(llm, [prompt], [given])[0] for prompt, given in zip(prompts, wanted, strict=True)],
     }
 
 
 def logprobs(llm: Any) -> list:
-    """Tokens with their log-probabilities, to three digits, and several outputs of one prompt."""
+    """Tokens with their log-probabilities, to three digits."""
     wanted = engine.greedy(MAX_TOKENS, logprobs=2)
     outputs = llm.generate(["Once upon a time"], wanted, use_tqdm=False)[0].outputs
     return [
@@ -87,7 +100,9 @@ def write_everything() -> dict:
         ("chunks and caches", {}, {"max_num_batched_tokens": 64, "enable_prefix_caching": True, "block_size": 32}),
     ):
         llm = start(draft, **arguments)
-        found[name] = write(llm)
+        found[name] = write(llm, 1 if name == "tokentiming" else 4)
+        if name == "tokentiming":
+            found["sampled"] = sampled(llm)
         found["logprobs"][name] = logprobs(llm)
         found["counters"][name] = engine.counters(llm)
         found["runner"][name] = type(engine.runner(llm)).__mro__[1].__module__
@@ -106,7 +121,13 @@ WAYS = pytest.mark.parametrize("way", ["tokentiming", *STRATEGIES, "one at a tim
 
 @WAYS
 def test_greedy_output_is_plain_decodings(written, way):
-    assert written[way] == written["plain"]
+    every = len(written["plain"]["texts"]) // len(written[way]["texts"])
+    assert every <= 4
+    assert written[way] == written["plain"] | {"texts": written["plain"]["texts"][::every]}
+
+
+def test_a_seeded_request_writes_beside_others_what_it_writes_alone(written):
+    assert written["sampled"]["together"] == written["sampled"]["alone"]
 
 
 @WAYS
@@ -178,6 +199,56 @@ def test_what_ended_holds_nothing_of_the_drafts_cache(preempted):
     assert preempted["held"] <= 1
 
 
+def write_asynchronously() -> dict:
+    """In a fresh process: an engine that schedules a step before it knows what the one before has sampled."""
+    import os
+
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    given = {
+        "dtype": "float32", "max_model_len": MAX_LEN, "max_num_seqs": FEW, "enforce_eager": True,
+        "kernel_config": {"enable_jit_warmup": False}, "enable_prefix_caching": False,
+    }  # fmt: skip
+    prompts = texts(None)[::30]
+    wanted = [engine.greedy(MAX_TOKENS - i % 3) for i in range(len(prompts))]
+    wanted += [engine.greedy(6, temperature=0.9, seed=3)] * 2
+    prompts += prompts[:1] * 2
+    found: dict = {}
+    for name, draft in (("plain", None), ("ours", engine.speculation())):
+        config = EngineArgs(engine.TARGET, speculative_config=draft, **given).create_engine_config()
+        found[f"{name}, by default"] = bool(config.scheduler_config.async_scheduling)
+        # vLLM's platform for CPUs does not allow it; what differs is only that nothing runs beside the host here.
+        config.scheduler_config.async_scheduling = True
+        llm = LLMEngine.from_vllm_config(config, disable_log_stats=True)
+        for i, (prompt, parameters) in enumerate(zip(prompts, wanted, strict=True)):
+            llm.add_request(str(i), {"prompt": prompt}, parameters)
+        written: dict[int, list[int]] = {}
+        while llm.has_unfinished_requests():
+            for output in llm.step():
+                if output.finished:
+                    written[int(output.request_id)] = list(output.outputs[0].token_ids)
+        found[name] = [written[i] for i in range(len(prompts))]
+        core = llm.engine_core.engine_core
+        found[f"{name}, in flight"] = core.batch_queue_size
+        speculator = getattr(core.model_executor.driver_worker.worker.model_runner, "speculator", None)
+        if speculator is not None:
+            found["counts"] = speculator.proposer._drafter.counts.proposed
+            found["faults"] = sorted(speculator.proposer.guard.places)
+        del llm, core, speculator
+    return found
+
+
+def test_scheduled_asynchronously_greedy_output_is_plain_decodings():
+    found = engine.in_fresh_process(write_asynchronously, on_v2=True)
+    assert found["plain, in flight"] == found["ours, in flight"] == 2
+    assert found["ours"][:-2] == found["plain"][:-2]
+    assert found["ours"][-1] == found["ours"][-2] and len(found["ours"][-1]) == 6
+    assert found["counts"] > 0 and found["faults"] == []
+    assert not found["ours, by default"]
+
+
 class Recorder:
     """Keeps what the proposer is given and what it proposes."""
 
@@ -236,7 +307,8 @@ def replay(steps: list[dict]) -> list[dict]:
     from vllm_tokentiming.draft.batch import RequestSnapshot
     from vllm_tokentiming.draft.sampling import DraftSampling
 
-    proposer = engine.proposer(start({"enable_prefix_caching": False}))
+    llm = start({"enable_prefix_caching": False})  # With it, vLLM's process groups would go.
+    proposer = engine.proposer(llm)
     recorder = Recorder(proposer)
     alive: set[str] = set()
     for step in steps:

@@ -10,7 +10,7 @@ from server import EXACT, serving
 
 pytestmark = pytest.mark.engine
 
-NUM_CLIENTS = 32
+NUM_CLIENTS = 16
 
 
 @pytest.fixture(scope="module")
