@@ -293,6 +293,8 @@ def main() -> None:
     parser.add_argument("--enforce-eager", action="store_true", help="no compilation")
     parser.add_argument("--quick", action="store_true", help="fewer settings and outputs than the power asks for")
     parser.add_argument("--settings", default="", help="only those whose name this regular expression is found in")
+    parser.add_argument("--number", type=int, default=0, help="outputs of each sampling, instead of as many as needed")
+    parser.add_argument("--name", default="exactness", help="of the data file")
     parser.add_argument("--seed", type=int, default=0, help="engines take this seed and those after it")
     options = parser.parse_args()
     chosen = [s for s in SETTINGS if re.search(options.settings, s.name) and (not options.quick or s.name in QUICK)]
@@ -304,17 +306,23 @@ def main() -> None:
             entries.append(entry)
             print(json.dumps(entry), file=file, flush=True)
 
-        number = QUICK_SEQUENCES if options.quick else 0
+        number = options.number or (QUICK_SEQUENCES if options.quick else 0)
         eager = options.enforce_eager
         failures = run(make_pairs(Path(folder)), chosen, number, options.seed, report, enforce_eager=eager)
+    interpreted = ["runner V2's kernels under Triton's interpreter"] * ("triton_interpreter" in sys.modules)
     content = {
         "provenance": provenance(),
-        "departures": ["computed in float32, as the law is enumerated", "one thread", *["not compiled"] * eager],
+        "departures": [
+            *interpreted,
+            "computed in float32, as the law is enumerated",
+            "one thread",
+            *["not compiled"] * eager,
+        ],
         "levels": {"family_level": FAMILY_LEVEL, "total_variation": TOTAL_VARIATION, "power": POWER},
         "rows": [reduced(entry) for entry in entries if "setting" in entry],
         "others": [{k: v for k, v in entry.items() if k != "tests"} for entry in entries if "setting" not in entry],
     }
-    write_data(options.out / "exactness.json", content)
+    write_data(options.out / f"{options.name}.json", content)
     sys.exit(f"{failures} not as it should be" if failures else 0)
 
 

@@ -82,7 +82,7 @@ class _Forking:
     def __init__(self, on_v2: bool) -> None:
         given = environment()
         if on_v2:
-            paths = [str(_triton()), *filter(None, [given.get("PYTHONPATH")])]
+            paths = [str(_triton()), str(TESTS.parent / "scripts"), *filter(None, [given.get("PYTHONPATH")])]
             given |= {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
         self._process = subprocess.Popen(
             [sys.executable, __file__], env=given, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -74,3 +74,29 @@ def test_a_check_that_fails_itself_does_not_end_the_others(monkeypatch):
 
     monkeypatch.setattr(doctor, "CHECKS", (_broken, *doctor.CHECKS))
     assert problems() == ["broken could not be checked: OSError: no such device"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "words"),
+    [
+        (None, False, "model runner V1 will run, since there is no Triton"),
+        ("0", True, "V1 will run, since VLLM_USE_V2_MODEL_RUNNER is '0'"),
+        (None, True, "model runner V2 will run"),
+        ("1", False, "model runner V2 will run"),
+    ],
+)
+def test_the_runner_that_vllm_will_choose_is_named(monkeypatch, capsys, asked, there, words):
+    monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", there)
+    monkeypatch.setattr(doctor, "IN_V2", ())  # Without Triton, not all of it can be imported.
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", asked)
+    assert main(["doctor"]) == 0
+    assert words in capsys.readouterr().out
+
+
+def test_a_runner_v2_that_lacks_something_is_named(monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    monkeypatch.setattr(doctor, "IN_V2", (Need("vllm.config", "NoSuchConfig"),))
+    (problem,) = problems()
+    assert "lacks vllm.config.NoSuchConfig; set VLLM_USE_V2_MODEL_RUNNER=0" in problem

@@ -426,3 +426,68 @@ def test_speculation_goes_on_in_the_end(broken):
 def test_the_list_for_upstream_has_every_patch_of_runner_v2_and_no_other(broken):
     of_v2 = {name.rpartition(".")[2] for name in broken["patches"]} - listed_for_upstream("model runner V1")
     assert listed_for_upstream("model runner V2") - {"rejection_sample"} == of_v2
+
+
+NUM_DRAWS, NUM_TOKENS, TEMPERATURE = 500, 8, 0.5
+
+
+def verify_one_token(scaled: bool) -> list[int]:
+    """In a fresh process: how often the verifier emits each token, for one proposal of each of many requests.
+
+    Args:
+        scaled: Whether it gets `log q * T`, as it has to, and not `log q`.
+    """
+    import torch
+    from vllm.v1.worker.gpu.spec_decode import rejection_sampler
+
+    from vllm_tokentiming.drafter import Proposals
+    from vllm_tokentiming.vllm import faults, runner_v2
+
+    class Proposer:
+        guard = faults.FaultGuard(lambda: "", lambda: None)
+
+    runner_v2.install()
+    rng = torch.Generator().manual_seed(1)
+    p, q = one_token_distributions()
+    cpu, slots = torch.device("cpu"), torch.randperm(NUM_DRAWS, generator=rng)
+    proposed_ids = torch.multinomial(q, NUM_DRAWS, replacement=True, generator=rng)
+    kept = runner_v2.ProposalsBySlot(Proposer, NUM_DRAWS, cpu)
+    names = [str(i) for i in range(NUM_DRAWS)]
+    given = Proposals([[i] for i in proposed_ids.tolist()], q.expand(NUM_DRAWS, 1, NUM_TOKENS).clone(), names)
+    kept.put(slots.tolist(), names, given)
+    if not scaled:
+        kept.logits = lambda slots, _: runner_v2.ProposalsBySlot.logits(kept, slots, torch.ones(NUM_DRAWS))
+    places = torch.arange(2 * NUM_DRAWS)
+    sampled, _ = rejection_sampler.rejection_sample(
+        p.log().expand(2 * NUM_DRAWS, NUM_TOKENS).contiguous(),
+        kept,
+        torch.stack([torch.zeros_like(proposed_ids), proposed_ids], 1).flatten().int(),
+        torch.arange(NUM_DRAWS + 1, dtype=torch.int32) * 2,
+        places // 2 + places % 2,
+        slots,
+        slots.repeat_interleave(2),
+        (places % 2).int(),
+        torch.full((NUM_DRAWS,), TEMPERATURE),
+        torch.randint(2**62, (NUM_DRAWS,), generator=rng),
+        1,
+    )
+    assert not Proposer.guard.places
+    return torch.bincount(sampled[:, 0].long(), minlength=NUM_TOKENS).tolist()
+
+
+def one_token_distributions() -> tuple[Any, Any]:
+    """The target's distribution of one token, and the one that proposals are drawn from."""
+    import torch
+
+    rng = torch.Generator().manual_seed(0)
+    p, q = torch.rand(2, NUM_TOKENS, generator=rng).pow(2).add(0.02)
+    return p / p.sum(), q / q.sum()
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_the_verifier_emits_the_targets_distribution_of_what_was_drawn_from_q(scaled):
+    counts = np.array(engine.in_fresh_process(verify_one_token, on_v2=True, scaled=scaled))
+    expected = one_token_distributions()[0].double().numpy() * NUM_DRAWS
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    # The 99.99 % point of chi-squared with 7 degrees of freedom; the wrong scale is the control, which is caught.
+    assert (statistic < 29.88) == scaled, statistic

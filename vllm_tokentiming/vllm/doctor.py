@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from vllm_tokentiming import __version__
-from vllm_tokentiming.vllm.requirements import FOR_Q, REQUIRED, TESTED_VERSIONS, missing
+from vllm_tokentiming.vllm.requirements import FOR_Q, FOR_V2, IN_V2, REQUIRED, TESTED_VERSIONS, missing
 
 GROUP, NAME = "vllm.general_plugins", "tokentiming"
 
@@ -69,6 +69,21 @@ def _device() -> str:
     return f"vLLM runs on {current_platform.get_device_name() if kind != 'cpu' else 'the CPU'}"
 
 
+def _runner() -> str:
+    from vllm.triton_utils import HAS_TRITON
+
+    asked = os.environ.get("VLLM_USE_V2_MODEL_RUNNER")
+    on_v2 = HAS_TRITON if asked is None else asked not in ("", "0")
+    if not on_v2:
+        why = "there is no Triton" if asked is None else f"VLLM_USE_V2_MODEL_RUNNER is {asked!r}"
+        return f"vLLM's model runner V1 will run, since {why}"
+    if asked is None and missing(FOR_V2):
+        return f"vLLM's model runner V1 will run: V2 lacks {', '.join(missing(FOR_V2))}"
+    if lacks := missing(IN_V2):
+        raise Problem(f"vLLM's model runner V2 lacks {', '.join(lacks)}; set VLLM_USE_V2_MODEL_RUNNER=0")
+    return "vLLM's model runner V2 will run, unless the target needs V1"
+
+
 def _cache() -> str:
     from vllm_tokentiming.vllm.vocabulary_loader import startup_cache
 
@@ -80,7 +95,7 @@ def _cache() -> str:
     return f"vocabularies are kept in {folder} ({kept / 1e6:.0f} MB)"
 
 
-CHECKS: tuple[Callable[[], str], ...] = (_kernels, _vllm, _requirements, _entry_point, _device, _cache)
+CHECKS: tuple[Callable[[], str], ...] = (_kernels, _vllm, _requirements, _entry_point, _device, _runner, _cache)
 
 
 def diagnosis() -> Iterator[tuple[bool, str]]:

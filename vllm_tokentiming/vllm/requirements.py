@@ -191,6 +191,7 @@ REQUIRED: tuple[Need, ...] = (
         has=("get_device_total_memory", "is_cpu", "update_block_size_for_backend"),
     ),
     Need("vllm.platforms.interface", "Platform.update_block_size_for_backend", takes=("vllm_config",)),
+    Need("vllm.triton_utils", "HAS_TRITON"),
     Need("vllm.tokenizers", "get_tokenizer", takes=("tokenizer_name", "trust_remote_code", "revision")),
     # `get_tokenizer` hands what it does not know to this one.
     Need("vllm.tokenizers.registry", "resolve_tokenizer_args", takes=("tokenizer_mode",)),

@@ -1,14 +1,19 @@
-"""Lets vLLM's Triton kernels run on a machine without an accelerator, under Triton's own interpreter, for tests.
+"""Lets vLLM's Triton kernels run on a machine without an accelerator, under Triton's own interpreter.
 
-Imported before vLLM, in a process that has Triton on its path. vLLM believes in Triton on a CPU only if there is a
-backend of that name, so one is named here, which the interpreter never asks for anything. Three things that the
-interpreter of 3.9.0 lacks are added: `log1p`, `isnan`, and masks that are integers. (vLLM's kernel for top-p does not
-run in it even so.) A step of an engine takes tenths of a second.
+    PYTHONPATH=.venv/triton python scripts/triton_interpreter.py benchmarks/exactness.py --settings ...
+
+runs a script that way, on vLLM's model runner V2, and the tests of runner V2 import it. It has to come before vLLM.
+vLLM believes in Triton on a CPU only if there is a backend of that name, so one is named here, which the interpreter
+never asks for anything. Three things that the interpreter of 3.9.0 lacks are added: `log1p`, `isnan`, and masks that
+are integers. (vLLM's kernel for top-p does not run in it even so.) A step of an engine takes tenths of a second.
 """
 
 from __future__ import annotations
 
 import os
+import runpy
+import sys
+from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -57,3 +62,9 @@ _builder.create_masked_load = _with_boolean_masks(_builder.create_masked_load, 1
 _builder.create_masked_store = _with_boolean_masks(_builder.create_masked_store, 2)
 # Rows of -inf, as of positions without a proposal, are computed with and not used.
 np.seterr(invalid="ignore")
+
+if __name__ == "__main__":
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    del sys.argv[0]
+    sys.path[0] = str(Path(sys.argv[0]).parent)
+    runpy.run_path(sys.argv[0], run_name="__main__")
