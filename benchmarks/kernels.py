@@ -2,7 +2,7 @@
 
 On real tokens: the draft's own tokens of held-out text, and the target's tokens of the same bytes, n of each. Sides:
 
-- `kernel`: `warp_blocks` or `span_blocks_of_pieces`, pieces in and blocks out (`with path`: `warp`);
+- `kernel`: `warp` or `span_blocks`, pieces in and blocks out;
 - `plain reference`: the oracle of the tests (`tests/reference_alignment.py`), which only says what is right;
 - `Python loop, rapidfuzz`: the recurrence in Python over rapidfuzz's C edit distance, as it is usually written, with a
   numpy matrix of all cells; `in the band, on lists`: the same, as fast as Python gets;
@@ -34,7 +34,7 @@ import numpy as np
 from provenance import DATA, provenance, write_data
 from tokenizers import Tokenizer
 
-from vllm_tokentiming.align.dtw import LocalCost, span_blocks_of_pieces, warp, warp_blocks
+from vllm_tokentiming.align.dtw import span_blocks, warp
 from vllm_tokentiming.vocab.pair import Vocabulary
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -141,33 +141,20 @@ def plain_levenshtein(sample: Sample) -> tuple[Any, Any]:
     return cost, reference.blocks_of_path(path)
 
 
-def plain_overlap(sample: Sample) -> tuple[Any, Any]:
-    """The tests' oracle."""
-    cost, path = reference.overlap_warp(*([len(p) for p in side] for side in (sample.draft, sample.target)), WINDOW)
-    return cost, reference.blocks_of_path(path)
-
-
 def sides_of(sample: Sample) -> dict[str, dict[str, Work]]:
     """For each kernel, what is timed: itself first."""
     draft, target = sample.draft, sample.target
     as_lists = [[len(piece) for piece in side] for side in (draft, target)]
-    overlap = LocalCost.OVERLAP
     return {
-        "warp, edit distance": {
-            "kernel": lambda: warp_blocks(draft, target, window=WINDOW),
-            "kernel, with path": lambda: warp(draft, target, window=WINDOW),
+        "warp": {
+            "kernel": lambda: warp(draft, target, window=WINDOW),
             "plain reference": lambda: plain_levenshtein(sample),
             "Python loop, rapidfuzz": lambda: python_loop(draft, target),
             "Python loop, rapidfuzz, in the band, on lists": lambda: banded_loop(draft, target),
             "rapidfuzz matrix, dtw-python": lambda: package(draft, target),
         },
-        "warp, overlap": {
-            "kernel": lambda: warp_blocks(draft, target, window=WINDOW, cost=overlap),
-            "kernel, with path": lambda: warp(draft, target, window=WINDOW, cost=overlap),
-            "plain reference": lambda: plain_overlap(sample),
-        },
         "span scan": {
-            "kernel": lambda: span_blocks_of_pieces(draft, target),
+            "kernel": lambda: span_blocks(draft, target),
             "plain reference": lambda: reference.blocks_of_offsets(*as_lists),
         },
     }
@@ -175,18 +162,15 @@ def sides_of(sample: Sample) -> dict[str, dict[str, Work]]:
 
 def check(kernel: str, sides: dict[str, Work]) -> None:
     """Compare the answers: blocks with the reference, whose tie rule is the kernel's; costs with everything else."""
-    blocks = [tuple(block) for block in sides["kernel"]().tolist()]
     if kernel == "span scan":
-        assert blocks == sides["plain reference"]()
+        assert [tuple(block) for block in sides["kernel"]().tolist()] == sides["plain reference"]()
         return
-    own = sides["kernel, with path"]()
-    assert own.blocks.tolist() == [list(block) for block in blocks]
-    assert blocks == sides["plain reference"]()[1]
+    blocks, cost = sides["kernel"]()
+    assert [tuple(block) for block in blocks.tolist()] == sides["plain reference"]()[1]
     for name, work in sides.items():
-        if not name.startswith("kernel"):
-            cost = float(work()[0])
-            # The package's matrix is of single precision, and the usual loop has no band.
-            assert cost <= own.cost + 1e-4 if name == "Python loop, rapidfuzz" else abs(cost - own.cost) <= 1e-4, name
+        other = float(work()[0]) if name != "kernel" else cost
+        # The package's matrix is of single precision, and the usual loop has no band.
+        assert other <= cost + 1e-4 if name == "Python loop, rapidfuzz" else abs(other - cost) <= 1e-4, name
 
 
 def per_call(work: Work) -> float:

@@ -1,7 +1,7 @@
-"""Intentionally simple oracles for `vllm_tokentiming.align.dtw`: plain recursion, exact fractions, sets.
+"""Intentionally simple oracles for `vllm_tokentiming.align.dtw`: plain recursion, exact fractions.
 
-They say what the kernels must compute, and nothing about how: whole matrices, no band but a condition on
-the cell, every byte of a span listed. A block or a path is a list of tuples here.
+They say what the kernels must compute, and nothing about how: whole matrices, and no band but a condition on
+the cell. A block or a path is a list of tuples here.
 """
 
 from collections.abc import Callable
@@ -44,12 +44,6 @@ def levenshtein_cost(draft_piece: bytes, target_piece: bytes) -> Fraction:
     return Fraction(distance * UNITS_PER_EDIT_DISTANCE // longer, UNITS_PER_EDIT_DISTANCE)
 
 
-def spans(lengths: list[int]) -> list[set[int]]:
-    """For each token the byte offsets that it covers."""
-    ends = list(accumulate(lengths))
-    return [set(range(end - length, end)) for end, length in zip(ends, lengths, strict=True)]
-
-
 def cheapest_path(n: int, m: int, window: int, local_cost: Callable[[int, int], Fraction]) -> tuple[Fraction, Path]:
     """The cheapest path from (0, 0) to (n - 1, m - 1) through cells with |i - j| <= max(window, |n - m|)."""
     band = max(window, abs(n - m))
@@ -79,30 +73,8 @@ def cheapest_path(n: int, m: int, window: int, local_cost: Callable[[int, int], 
 
 
 def levenshtein_warp(draft: list[bytes], target: list[bytes], window: int) -> tuple[Fraction, Path]:
-    """Cost and path under `LocalCost.LEVENSHTEIN`, for non-empty sides."""
+    """Cost and path of the warping, for non-empty sides."""
     return cheapest_path(len(draft), len(target), window, lambda i, j: levenshtein_cost(draft[i], target[j]))
-
-
-def overlap_warp(draft_lengths: list[int], target_lengths: list[int], window: int) -> tuple[Fraction, Path]:
-    """Cost and path under `LocalCost.OVERLAP`, for non-empty sides."""
-    draft_spans, target_spans = spans(draft_lengths), spans(target_lengths)
-    cost, path = cheapest_path(
-        len(draft_lengths),
-        len(target_lengths),
-        window,
-        lambda i, j: Fraction(-len(draft_spans[i] & target_spans[j])),
-    )
-    return min(sum(draft_lengths), sum(target_lengths)) + cost, path
-
-
-def overlap_path(draft_lengths: list[int], target_lengths: list[int]) -> Path:
-    """Exactly the cells whose spans share a byte, in order."""
-    return [
-        (i, j)
-        for i, draft_span in enumerate(spans(draft_lengths))
-        for j, target_span in enumerate(spans(target_lengths))
-        if draft_span & target_span
-    ]
 
 
 def blocks_of_path(path: Path) -> Blocks:

@@ -22,6 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 _LEFT_OUT = shutil.ignore_patterns(
     ".*", "build", "dist", "*.egg-info", "*.so", "*.c", "__pycache__", "benchmarks", "examples"
 )
+SOURCES = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.p[yx]*")}
+TYPES = {str(path.relative_to(ROOT)) for path in ROOT.glob("vllm_tokentiming/**/*.pyi")}
+# Each compiled module has a file of types beside it.
+KERNELS = sorted(name.removesuffix(".pyi") for name in TYPES)
 # What `pip` and `build` call, once instead of several times.
 _BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 
@@ -57,8 +61,8 @@ def wheel(sdist, tmp_path_factory) -> Path:
 def test_the_archive_of_the_sources_has_what_a_build_needs_and_nothing_that_was_built(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    needed = {"csrc/dtw.pyx", "setup.py", "pyproject.toml", "LICENSE", "README.md", "vllm_tokentiming/py.typed"}
-    assert needed <= names
+    needed = {"setup.py", "pyproject.toml", "LICENSE", "README.md", "vllm_tokentiming/py.typed"}
+    assert KERNELS and needed | SOURCES | TYPES <= names
     assert {str(path.relative_to(ROOT)) for path in ROOT.glob("vllm_tokentiming/**/*.py")} <= names
     assert not [name for name in names if name.endswith((".c", ".so")) or name.startswith("tests")]
 
@@ -67,9 +71,9 @@ def test_the_wheel_has_the_package_its_types_and_its_licence_and_nothing_else(wh
     names = zipfile.ZipFile(wheel).namelist()
     modules = {str(path.relative_to(ROOT)) for path in ROOT.glob("vllm_tokentiming/**/*.py")}
     kernels = {name for name in names if name.endswith(".so")}
-    assert len(kernels) == 1 and kernels.pop().startswith("vllm_tokentiming/align/_dtw.")
+    assert sorted(name.partition(".")[0] for name in kernels) == KERNELS
     of_package = {name for name in names if ".dist-info/" not in name and not name.endswith(".so")}
-    assert of_package == modules | {"vllm_tokentiming/py.typed"}
+    assert of_package == modules | TYPES | {"vllm_tokentiming/py.typed"}
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
@@ -87,8 +91,9 @@ def test_the_command_runs_from_the_wheel_without_a_compiler_and_without_vllm(whe
     install = ("install", "--no-deps", "--no-index", "--no-cache-dir", wheel)
     run(sys.executable, "-m", "pip", "--python", python, *install, folder=tmp_path, **bare)
 
-    kernel = run(python, "-c", "from vllm_tokentiming.align import _dtw; print(_dtw.__file__)", folder=tmp_path, **bare)
-    assert Path(kernel).is_relative_to(venv)
+    for kernel in KERNELS:
+        code = f"import importlib; print(importlib.import_module({kernel.replace('/', '.')!r}).__file__)"
+        assert Path(run(python, "-c", code, folder=tmp_path, **bare)).is_relative_to(venv)
     command = venv / "bin" / "vllm-tokentiming"
     told = run(command, "inspect", MODELS / "target", MODELS / "draft", folder=tmp_path, **bare)
     assert "byte-exact" in told and "<|endoftext|> = </s>" in told

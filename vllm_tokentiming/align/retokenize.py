@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from vllm_tokentiming.align.dtw import span_blocks_of_pieces, warp_blocks
+from vllm_tokentiming.align.dtw import span_blocks, warp
 from vllm_tokentiming.vocab.pair import VocabularyPair
 
 
@@ -67,9 +67,9 @@ def align(pair: VocabularyPair, drafted_ids: Sequence[int], proxy: Proxy) -> npt
     draft_pieces = [draft_bytes[i] for i in drafted_ids[:num_draft]]
     target_pieces = [target_bytes[i] for i in proxy.target_ids[:num_target]]
     if pair.exact:
-        blocks = span_blocks_of_pieces(draft_pieces, target_pieces)
+        blocks = span_blocks(draft_pieces, target_pieces)
     else:
-        blocks = warp_blocks(draft_pieces, target_pieces, window=pair.window)
+        blocks, _ = warp(draft_pieces, target_pieces, window=pair.window)
     if proxy.ended:
         last = np.array([[num_draft, num_draft + 1, num_target, num_target + 1]], dtype=np.int32)
         blocks = np.concatenate([blocks, last])
