@@ -29,11 +29,26 @@ LONG = speed_published serving scaling exactness pairs soak soak_pressure
 # Test files that run at a time.
 WORKERS ?= 2
 
-.PHONY: setup published demo test lint clean distclean results report $(MEASURED:%=results-%) $(LONG:%=results-%)
+# What the kernels are built from, and how.
+BUILT_FROM := pyproject.toml setup.py $(wildcard csrc/*.pyx csrc/*.pxd)
+# Builds of the kernels apart from the installed one, for `$(1)` in build/$(1), and their tests. `pytest` and not `python
+# -m pytest`, which would import the package of this folder.
+BUILD_KERNELS = $(BIN)/python setup.py --quiet build --build-base build/$(1) --build-lib build/$(1)/lib
+KERNEL_TESTS = tests/test_alignment.py tests/test_retokenize.py
+IS_BUILD = import vllm_tokentiming.align.dtw as face; assert "build/$(1)/" in face._dtw.__file__, face._dtw.__file__
+# Environments beside `.venv`: one without vLLM, one with the tools that pack, one into which the archive is installed.
+UNIT := build/unit
+# The build for the CPU is enough: TORCH=torch==VERSION+cpu, or PIP_EXTRA_INDEX_URL as for `make setup`.
+TORCH ?= torch
+TOOLS := build/tools
+UNPACKED := build/sdist
+
+.PHONY: setup published demo test lint test-unit test-engine test-kernels test-sanitizer test-newest wheel wheels sdist \
+	test-sdist clean distclean results report $(MEASURED:%=results-%) $(LONG:%=results-%)
 
 setup: $(READY)
 
-$(READY): pyproject.toml setup.py scripts/setup_environment.py $(wildcard csrc/*.pyx csrc/*.pxd)
+$(READY): scripts/setup_environment.py $(BUILT_FROM)
 	$(PYTHON) scripts/setup_environment.py
 	@touch $@
 
@@ -54,6 +69,61 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest --quiet tests/test_layers.py
+	$(BIN)/python benchmarks/report.py --check
+
+test-unit: $(UNIT)/ready  # Without vLLM, on $(PYTHON): what needs vLLM is skipped.
+	! $(UNIT)/bin/python -c "import vllm"
+	$(TEST_ENV) $(UNIT)/bin/python -m pytest -m "not engine" $(ARGS)
+
+$(UNIT)/ready: $(BUILT_FROM)
+	$(PYTHON) -m venv --clear $(UNIT)
+	$(UNIT)/bin/python -m pip install --quiet "$(TORCH)" --editable ".[test]"
+	@touch $@
+
+test-engine: $(READY)
+	$(MAKE) test ARGS="-m engine $(ARGS)"
+
+test-kernels: $(READY)  # An index out of bounds raises.
+	TOKENTIMING_BOUNDS_CHECKS=1 $(call BUILD_KERNELS,checked)
+	PYTHONPATH=build/checked/lib $(BIN)/python -P -c '$(call IS_BUILD,checked)'
+	PYTHONPATH=build/checked/lib $(BIN)/pytest $(KERNEL_TESTS) $(ARGS)
+
+# The library has to come before Python, which was not built with it; and Python's own memory would hide ours from it.
+SANITIZED = LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
+	UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitized/lib
+
+test-sanitizer: $(READY)  # A wrong address or undefined behaviour ends the run.
+	TOKENTIMING_SANITIZE=1 $(call BUILD_KERNELS,sanitized)
+	$(SANITIZED) $(BIN)/python -P -c '$(call IS_BUILD,sanitized)'
+	$(SANITIZED) $(BIN)/pytest $(KERNEL_TESTS) $(ARGS)
+
+test-newest: $(READY)  # The newest vLLM's code over the compiled parts of the installed one.
+	rm -rf build/newest
+	$(BIN)/python scripts/overlay_vllm.py newest build/newest --also orjson
+	$(TEST_ENV) PYTHONPATH="$(CURDIR)/build/newest" $(BIN)/python -m pytest $(ARGS)
+
+wheel: $(TOOLS)/ready  # Of this machine and this Python.
+	$(TOOLS)/bin/pyproject-build --wheel --outdir dist .
+
+wheels: $(TOOLS)/ready  # What is published: for every Python, in manylinux containers; needs Docker.
+	$(TOOLS)/bin/cibuildwheel --output-dir dist
+
+sdist: $(TOOLS)/ready
+	rm -f dist/*.tar.gz
+	$(TOOLS)/bin/pyproject-build --sdist --outdir dist .
+
+test-sdist: sdist  # Built and installed from the archive alone, and its kernels tested.
+	$(PYTHON) -m venv --clear $(UNPACKED)
+	$(UNPACKED)/bin/python -m pip install --quiet "$$(echo dist/*.tar.gz)[test]"
+	$(UNPACKED)/bin/python -P -c 'import vllm_tokentiming as ours; assert "$(UNPACKED)/" in ours.__file__, ours.__file__'
+	$(UNPACKED)/bin/vllm-tokentiming inspect examples/models/target examples/models/draft
+	$(UNPACKED)/bin/pytest $(KERNEL_TESTS) $(ARGS)
+
+$(TOOLS)/ready:
+	$(PYTHON) -m venv --clear $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet "build>=1.2" "cibuildwheel>=3,<4"
+	@touch $@
 
 results: $(MEASURED:%=results-%)  # A compact set; one part alone: make results-kernels. With -k, whatever works.
 	$(MAKE) report

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from front_end import refused as _refused
 # Nothing of ours is imported up here: the functions that run in fresh processes do as a user does.
 
 pytestmark = pytest.mark.engine
+
+ROOT = Path(__file__).resolve().parent.parent
 
 PROMPTS = ["Once upon a time there was a", "def merge(left, right):\n    ", "Жила-была девочка"]
 
@@ -55,6 +59,19 @@ def test_each_way_to_ask_gives_the_same_outputs_and_accepted_proposals(asked, wa
     assert asked["imported"] == []
     assert asked[way]["outputs"] == asked["plain"]["outputs"]
     assert asked[way]["counters"]["accepted"] > 0
+
+
+def test_the_example_of_the_readme_runs_as_it_stands_there(tmp_path):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    assert "assert " in block
+    example = tmp_path / "example.py"
+    example.write_text(block)
+    # As a user runs it: the engine in a process of its own.
+    environment = {**engine.environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    done = subprocess.run(
+        [sys.executable, example], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
 # What is refused before anything is loaded.
