@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import engine
-import openai
 import pytest
+
+pytest.importorskip("vllm")  # Which brings along the client.
+
+import openai
 
 START_SECONDS = 1200  # A first start compiles both models.
 

@@ -13,6 +13,8 @@ import tempfile
 import engine
 import pytest
 
+pytest.importorskip("vllm")
+
 from vllm_tokentiming.vllm import compat
 
 COUNTS = ([1, 2, 3], [0, 5, 1], [4, 0, 0], [0, 0, 2], [1, 1, 1])

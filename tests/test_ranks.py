@@ -5,8 +5,11 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
-import mistral_common
 import pytest
+
+pytest.importorskip("vllm")  # Which brings along the two that follow.
+
+import mistral_common
 import tiktoken
 from conftest import EMBEDDED, MODELS, examples, load_vocabulary
 from hypothesis import given

@@ -16,6 +16,8 @@ from pathlib import Path
 import engine
 import pytest
 
+pytest.importorskip("vllm")
+
 from vllm_tokentiming.config import SettingsError
 from vllm_tokentiming.vllm import requirements
 from vllm_tokentiming.vllm.requirements import (
