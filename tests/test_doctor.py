@@ -30,7 +30,7 @@ def test_a_whole_installation_passes(capsys):
 
 
 def test_kernels_that_do_not_load_are_named(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "vllm_tokentiming.align._dtw", None)
+    monkeypatch.setitem(sys.modules, "vllm_tokentiming.align.dtw", None)
     assert main(["doctor"]) == 1
     assert "PROBLEM  the compiled kernels cannot be loaded" in capsys.readouterr().out
 

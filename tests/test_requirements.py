@@ -118,7 +118,8 @@ OTHERS = {
 }  # fmt: skip
 OTHERS_IN_MODULE = {
     ("draft_model", "size"), ("plugin", "_OPTIONS"), ("proposer", "model"), ("refusals", "file"),
-    ("compat", "found"), ("draft_config", "NO_TEXT"), ("vocabulary_loader", "store"), ("loading", "model"), ("proposer", "snapshot"),
+    ("compat", "found"), ("draft_config", "NO_TEXT"), ("vocabulary_loader", "store"), ("loading", "model"),
+    ("proposer", "snapshot"),
     ("runner_v1", "before"), ("runner_v1", "proposals"), ("runner_v1", "read"),
     *(("runner_v2", name) for name in (
         "_propose_signature", "before", "by_request", "call", "first_places", "on_host", "places", "proposals",

@@ -21,7 +21,7 @@ class Problem(Exception):
 
 def _kernels() -> str:
     try:
-        importlib.import_module("vllm_tokentiming.align._dtw")
+        importlib.import_module("vllm_tokentiming.align.dtw")
     except ImportError as error:
         raise Problem(f"the compiled kernels cannot be loaded ({error}); install the package again") from None
     return "the compiled kernels load"
