@@ -17,13 +17,12 @@ smaller types a pass of several tokens may round two nearly equal logits otherwi
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 import workloads
-from conditions import add_options, departures, engine_of, run_once
+from conditions import add_options, add_pair, departures, engine_of, run_once
 from grid import PLAIN, VLLM_METHODS, with_draft
-from provenance import DATA, ROOT, provenance, write_data
+from provenance import provenance, write_data
 from reduce import different
 
 
@@ -77,9 +76,7 @@ def reduced(results: dict[str, Any]) -> list[dict[str, Any]]:
 def main() -> None:
     """Run every method, and write the data file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", type=Path, default=ROOT / "examples/models/target")
-    parser.add_argument("--draft", type=Path, default=ROOT / "examples/models/draft")
-    parser.add_argument("--pair", default="the embedded pair", help="what the report calls the two models")
+    add_pair(parser, "acceptance")
     parser.add_argument("--workloads", nargs="+", default=["heldout"], help="kinds of text, see workloads.py")
     parser.add_argument("--num-prompts", type=int, default=208, help="of each kind")
     parser.add_argument("--characters", type=int, default=200)
@@ -89,8 +86,6 @@ def main() -> None:
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.6, 0.8, 1.0])
     parser.add_argument("--methods", nargs="+", choices=VLLM_METHODS, default=list(VLLM_METHODS))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--name", default="acceptance", help="of the data file")
-    parser.add_argument("--out", type=Path, default=DATA, help="folder of the data file")
     add_options(parser)
     options = parser.parse_args()
     cases, digests = [], {}

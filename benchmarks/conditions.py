@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from provenance import RAW, revision
+from provenance import DATA, RAW, ROOT, revision
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -36,6 +36,20 @@ FIXED: dict[str, Any] = {
     "worker_extension_cls": "worker_side.WorkerSide",
 }
 HERE = Path(__file__).resolve().parent
+
+
+def add_pair(parser: argparse.ArgumentParser, name: str) -> None:
+    """Let a command line name the two models, and the file that the numbers go to.
+
+    Args:
+        parser: Of the command line.
+        name: The default name of the data file.
+    """
+    parser.add_argument("--target", type=Path, default=ROOT / "examples/models/target")
+    parser.add_argument("--draft", type=Path, default=ROOT / "examples/models/draft")
+    parser.add_argument("--pair", default="the embedded pair", help="what the report calls the two models")
+    parser.add_argument("--name", default=name, help="of the data file")
+    parser.add_argument("--out", type=Path, default=DATA, help="folder of the data file")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from conditions import add_options, answer, conditions, departures, engine_of, run_once, run_python, start
+from conditions import add_options, add_pair, answer, conditions, departures, engine_of, run_once, run_python, start
 from grid import OURS, PLAIN, with_draft
-from provenance import DATA, ROOT, provenance, write_data
+from provenance import provenance, write_data
 from workloads import load
 
 PROPOSALS = 6
@@ -75,17 +75,13 @@ def main() -> None:
     if answer(measure):
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", type=Path, default=ROOT / "examples/models/target")
-    parser.add_argument("--draft", type=Path, default=ROOT / "examples/models/draft")
-    parser.add_argument("--pair", default="the embedded pair", help="its name in the report")
+    add_pair(parser, "repeatability")
     # All together fit into one pass: vLLM on CPUs dies of a seeded request whose prompt is read in chunks, in plain
     # decoding, too ("CPU Generator does not use offset", 0.32.0).
     parser.add_argument("--num-prompts", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--workload", default="heldout", help="see workloads.py")
     parser.add_argument("--characters", type=int, default=200, help="where prompts are cut")
-    parser.add_argument("--name", default="repeatability", help="of the data file")
-    parser.add_argument("--out", type=Path, default=DATA, help="folder of the data file")
     add_options(parser)
     options = parser.parse_args()
     prompts = load(options.workload, options.num_prompts, options.characters)["prompts"]

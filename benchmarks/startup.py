@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from conditions import answer, run_python
-from provenance import DATA, ROOT, provenance, write_data
+from conditions import add_pair, answer, run_python
+from provenance import provenance, write_data
 
 PROCESSES = ("front end", "worker")
 
@@ -50,12 +50,8 @@ def main() -> None:
     if answer(measure):
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", type=Path, default=ROOT / "examples/models/target")
-    parser.add_argument("--draft", type=Path, default=ROOT / "examples/models/draft")
-    parser.add_argument("--pair", default="the embedded pair", help="its name in the report")
+    add_pair(parser, "startup")
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--name", default="startup", help="of the data file")
-    parser.add_argument("--out", type=Path, default=DATA, help="folder of the data file")
     options = parser.parse_args()
     sides = {"as named": (options.target, options.draft), "the other way round": (options.draft, options.target)}
     rows = []

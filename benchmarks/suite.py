@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import workloads
-from conditions import add_options, departures, engine_of, run_python
+from conditions import add_options, add_pair, departures, engine_of, run_python
 from grid import GRIDS, METHODS, TRANSFORMERS_METHODS, Cell, Grid, baseline, with_draft
 from likelihood import log_likelihoods
 from pass_times import shape_for_ratio
-from provenance import DATA, RAW, ROOT, provenance, write_data
+from provenance import RAW, provenance, write_data
 from reduce import reduced
 from widen import widen_folder
 
@@ -127,14 +127,10 @@ def parsed() -> tuple[Grid, argparse.Namespace]:
     """The grid and the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", choices=GRIDS, default="default")
-    parser.add_argument("--name", default="speed", help="of the data file, and of the folder for the cells")
-    parser.add_argument("--pair", default="the embedded pair", help="what the report calls the two models")
-    parser.add_argument("--out", type=Path, default=DATA, help="folder of the data file")
+    add_pair(parser, "speed")
     parser.add_argument("--raw", type=Path, default=RAW, help="folder for the cells' folder")
     parser.add_argument("--fresh", action="store_true", help="forget cells of an earlier run")
     parser.add_argument("--models", type=Path, default=RAW / "models", help="for widened targets")
-    parser.add_argument("--target", type=Path, default=ROOT / "examples/models/target")
-    parser.add_argument("--draft", type=Path, default=ROOT / "examples/models/draft")
     add_options(parser)
     changes = parser.add_argument_group("instead of the preset's")
     changes.add_argument("--ratios", type=float, nargs="+", help="0: the target as it is; the first on all workloads")
