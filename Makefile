@@ -150,7 +150,8 @@ results-acceptance:
 results-acceptance_published:
 	$(BENCH)/acceptance.py $(PUBLISHED_ARGS) --name acceptance_published --num-prompts 8 --group 4 --tokens 24 --temperatures 0 0.8 \
 		--workloads heldout/english_stories heldout/python heldout/english_gsm8k heldout/russian_tinystories \
-		heldout/multilingual_udhr --dtype float32  # Six times as fast without instructions for bfloat16.
+		heldout/multilingual_udhr --dtype float32 --methods plain "tli (vLLM)" slem tli tokentiming
+		# In float32, which is six times as fast where there are no instructions for bfloat16.
 
 results-greedy:  # In float32, where greedy output has to be plain decoding's.
 	$(BENCH)/acceptance.py --dtype float32 --temperatures 0 --num-prompts 64 --name greedy \
