@@ -21,49 +21,57 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, original)
 
 
-def _spoilt_temperature(writer: Any, _transfer: Any) -> tuple[Any, str, Any]:
-    original = writer.Writer._draw
+def _spoilt_temperature() -> tuple[Any, str, Any]:
+    from vllm_tokentiming.draft.distribution import DraftDistribution
+
+    original = DraftDistribution._draw
 
     def _draw(*arguments: Any) -> Any:
         probs, *drawn = original(*arguments)
         flatter = probs**0.8
         return flatter / flatter.sum(-1, keepdim=True), *drawn
 
-    return writer.Writer, "_draw", _draw
+    return DraftDistribution, "_draw", _draw
 
 
 def _spread(row: torch.Tensor) -> torch.Tensor:
     return 0.1 * row + 0.9 / len(row)
 
 
-def _spoilt_later(_writer: Any, transfer: Any) -> tuple[Any, str, Any]:
-    original = transfer.Transfer.later_row
-    return transfer.Transfer, "later_row", lambda *arguments: _spread(original(*arguments))
+def _spoilt_later() -> tuple[Any, str, Any]:
+    from vllm_tokentiming.transfer.pushforward import PushForward
+
+    original = PushForward.later_row
+    return PushForward, "later_row", lambda *arguments: _spread(original(*arguments))
 
 
-def _spoilt_pending(_writer: Any, transfer: Any) -> tuple[Any, str, Any]:
-    original = transfer.Transfer.later_stage
+def _spoilt_pending() -> tuple[Any, str, Any]:
+    from vllm_tokentiming.transfer.stages import StageBuilder
+
+    original = StageBuilder.later_stage
 
     def later_stage(*arguments: Any) -> Any:
         stage = original(*arguments)
         stage.at_once.copy_(_spread(stage.at_once))
         return stage
 
-    return transfer.Transfer, "later_stage", later_stage
+    return StageBuilder, "later_stage", later_stage
 
 
-def _spoilt_stages(_writer: Any, transfer: Any) -> tuple[Any, str, Any]:
-    original = transfer.Transfer.first_stage
+def _spoilt_stages() -> tuple[Any, str, Any]:
+    from vllm_tokentiming.transfer.stages import StageBuilder
+
+    original = StageBuilder.first_stage
 
     def first_stage(*arguments: Any) -> Any:
         stage = original(*arguments)
         stage.waiting.mul_(0.5)
         return stage
 
-    return transfer.Transfer, "first_stage", first_stage
+    return StageBuilder, "first_stage", first_stage
 
 
-def _failing_stages(_writer: Any, _transfer: Any) -> tuple[Any, str, Any]:
+def _failing_stages() -> tuple[Any, str, Any]:
     from vllm_tokentiming.vllm import integration
 
     original, calls = integration.verify_stages, itertools.count()
@@ -91,33 +99,36 @@ def spoilt(key: str) -> Iterator[None]:
     if not key:
         yield
         return
-    from vllm_tokentiming.transfer import proposals as writer
-    from vllm_tokentiming.transfer import pushforward as transfer
-
-    with replaced(*SPOILERS[key](writer, transfer)):
+    with replaced(*SPOILERS[key]()):
         yield
 
 
 @contextlib.contextmanager
 def rows_counted() -> Iterator[Counter[str]]:
     """Count the rows of `q` and the stages that each path computes."""
-    from vllm_tokentiming.transfer.pushforward import Transfer
+    from vllm_tokentiming.transfer import paper
+    from vllm_tokentiming.transfer.pushforward import PushForward
+    from vllm_tokentiming.transfer.stages import StageBuilder
 
     counts: Counter[str] = Counter()
 
-    def counting(name: str) -> Any:
-        original = getattr(Transfer, name)
+    def counting(owner: Any, name: str) -> Any:
+        original = getattr(owner, name)
 
-        def method(*arguments: Any, **named: Any) -> Any:
+        def counted(*arguments: Any, **named: Any) -> Any:
             found = original(*arguments, **named)
             counts[name] += len(found) if name == "first_rows" else 1
             return found
 
-        return method
+        return counted
 
+    paths = {
+        "first_rows": PushForward, "later_row": PushForward, "later_candidate_row": PushForward,
+        "first_stage": StageBuilder, "later_stage": StageBuilder, "paper_row": paper,
+    }  # fmt: skip
     with contextlib.ExitStack() as stack:
-        for name in ("first_rows", "later_row", "later_candidate_row", "first_stage", "later_stage", "paper_row"):
-            stack.enter_context(replaced(Transfer, name, counting(name)))
+        for name, owner in paths.items():
+            stack.enter_context(replaced(owner, name, counting(owner, name)))
         yield counts
 
 

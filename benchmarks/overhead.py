@@ -1,8 +1,9 @@
 """What the plugin costs the host per request and step, apart from the models: phase by phase, without any model.
 
-The real `Drafter` and `Writer` run over real vocabularies and held-out text; a stand-in for the draft model returns
-logits that favour the draft's own next token of the text (wrong ones now and then), and the "target" is the text: it
-accepts what agrees with its own tokens of it and adds the next one. So some proposals are accepted, some rejected.
+The real `Drafter` and `ProposalBuilder` run over real vocabularies and held-out text; a stand-in for the draft model
+returns logits that favour the draft's own next token of the text (wrong ones now and then), and the "target" is the
+text: it accepts what agrees with its own tokens of it and adds the next one. So some proposals are accepted, some
+rejected.
 
 - `host`, the phases that this plugin adds and that run on the host whatever the device: following the target (context),
   alignment, re-encoding (greedy), transduction and random numbers (sampled), and the rest of the step (bookkeeping).
@@ -44,12 +45,12 @@ from vllm_tokentiming import context
 from vllm_tokentiming import drafter as drafting
 from vllm_tokentiming.align import transducer
 from vllm_tokentiming.align.transducer import Transducer
+from vllm_tokentiming.draft import distribution
 from vllm_tokentiming.draft.batch import RequestSnapshot
 from vllm_tokentiming.draft.kv_pool import KVPool
 from vllm_tokentiming.draft.length import FixedLength
 from vllm_tokentiming.draft.sampling import DraftSampling
-from vllm_tokentiming.transfer import proposals as writer
-from vllm_tokentiming.transfer import pushforward as transfer
+from vllm_tokentiming.transfer import proposals, pushforward, stages, strategies
 from vllm_tokentiming.vocab.pair import Vocabulary, VocabularyPair
 
 PAIRS = ["llama3/qwen2.5", "qwen2.5/llama3", "qwen2.5/llama2", "llama2/gpt2", "qwen2.5/t5_small"]
@@ -61,7 +62,7 @@ TEXTS = {
 LENGTHS = [128, 1024, 8192]  # target tokens
 NUM_PROPOSALS, MAX_DRAFT_TOKENS = 5, 10  # The second is twice the first, as by default.
 WRONG = 0.25  # How often the stand-in for the draft favours another token.
-MASS = 0.75  # What a sampled request's law gives to the favoured token.
+MASS = 0.75  # What a sampled request's distribution gives to the favoured token.
 TARGET_PASS_US = 25_000
 MODELS = Path(__file__).resolve().parent.parent / "examples" / "models"
 
@@ -130,19 +131,20 @@ def skip_tensors() -> None:
     torch.Tensor.index_fill_ = lambda self, *_: self  # type: ignore[method-assign,assignment]
     torch.Tensor.softmax = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
     torch.Tensor.max = lambda logits, _: (CERTAIN.expand(len(logits)), logits[:, 0].long())  # type: ignore[method-assign]
-    writer.draw = lambda logits, _: logits[:, 0].long()  # type: ignore[assignment]
+    distribution.draw = lambda logits, _: logits[:, 0].long()  # type: ignore[assignment]
     torch.Tensor.__setitem__ = lambda *_: None  # type: ignore[method-assign,assignment]
-    writer.law = lambda logits, *_: logits  # type: ignore[assignment]
+    distribution.shape = lambda logits, *_: logits  # type: ignore[assignment]
     torch.zeros = lambda *_, **__: NOTHING
     torch.Tensor.zero_ = lambda self: self  # type: ignore[method-assign]
-    transfer.Transfer.likeliest = lambda _, probs: (CERTAIN.expand(len(probs)), probs[:, 0].long())  # type: ignore[method-assign]
+    chooser = distribution.DraftDistribution
+    chooser._likeliest_target = lambda _, probs: (CERTAIN.expand(len(probs)), probs[:, 0].long())  # type: ignore[method-assign]
+    nothing = distribution.Candidates(b"", [], [], [])
+    chooser._candidates = lambda _, __, pending: [nothing] * len(pending)  # type: ignore[method-assign]
+    chooser._drop_rare_incomplete = lambda *_: torch.tensor([False])  # type: ignore[method-assign,assignment]
     for name in ("later_row", "later_candidate_row"):
-        setattr(transfer.Transfer, name, lambda *_: ())
-    nothing = transfer.Candidates(b"", [], [], [])
-    transfer.Transfer.candidates = lambda _, __, pending: [nothing] * len(pending)  # type: ignore[method-assign]
-    transfer.Transfer.drop_rare_waits = lambda *_: torch.tensor([False])  # type: ignore[method-assign,assignment]
-    for name in ("_fill_first", "_add_stage"):
-        setattr(writer.Writer, name, lambda *_: None)
+        setattr(pushforward.PushForward, name, lambda *_: ())
+    for owner, name in ((proposals.ProposalBuilder, "_fill_first"), (strategies.Transduction, "_add_stage")):
+        setattr(owner, name, lambda *_: None)
 
 
 def watch() -> Clock:
@@ -151,30 +153,21 @@ def watch() -> Clock:
     clock.wrap(drafting.Drafter, "propose", STEP)
     clock.wrap(context.DraftContext, "commit", "context")
     clock.wrap(context, "align", "alignment")
-    clock.wrap(writer, "retokenize", "re-encoding")
+    clock.wrap(strategies, "retokenize", "re-encoding")
     clock.wrap(transducer.Transducer, "emit", "transduction")
-    clock.wrap(writer, "uniforms", "random numbers")
+    for module in (proposals, strategies):
+        clock.wrap(module, "uniforms", "random numbers")
     for owner, names in (
-        (
-            transfer.Transfer,
-            (
-                "first_rows",
-                "likeliest",
-                "later_row",
-                "candidates",
-                "later_candidate_row",
-                "drop_rare_waits",
-                "first_stage",
-                "later_stage",
-            ),
-        ),
+        (distribution.DraftDistribution, ("_likeliest_target", "_candidates", "_drop_rare_incomplete")),
+        (pushforward.PushForward, ("first_rows", "later_row", "later_candidate_row")),
+        (stages.StageBuilder, ("first_stage", "later_stage")),
         (torch.Tensor, ("__getitem__", "__setitem__", "index_fill_", "topk", "nonzero")),
         (torch, ("zeros", "stack")),
     ):
         for name in names:
             clock.wrap(owner, name, "transfer")
     any_draft = ("softmax", "max", "amax", "tolist")
-    for owner, names in ((writer, ("law", "draw")), (torch.Tensor, any_draft), (torch, ("cat",))):
+    for owner, names in ((distribution, ("shape", "draw")), (torch.Tensor, any_draft), (torch, ("cat",))):
         for name in names:
             clock.wrap(owner, name, "any draft")
     clock.wrap(StandIn, "forward", "model")
@@ -188,7 +181,7 @@ class StandIn:
     max_batch_tokens = 1 << 20
 
     def __init__(self, vocab_size: int, usual: list[int]) -> None:
-        """Let the tail of its law be the frequencies of the draft's tokens in text."""
+        """Let the tail of its distribution be the frequencies of the draft's tokens in text."""
         counts = torch.full((vocab_size,), 1e-3)
         for token_id, count in Counter(usual).items():
             counts[token_id] = count
@@ -215,7 +208,7 @@ class Simulation:
     def __init__(
         self,
         pair: VocabularyPair,
-        shared: writer.Writer,
+        shared: proposals.ProposalBuilder,
         text: bytes,
         length: int,
         sampled: bool,
@@ -279,7 +272,7 @@ def simulations(data: Path, names: str, steps: int, batch: int) -> Iterator[tupl
     pair = VocabularyPair.of(*(vocabulary(data, name) for name in names.split("/")))
     sizes = {"draft_size": pair.draft.token_bytes.size, "target_size": pair.target.token_bytes.size}
     limits = {"num_proposals": NUM_PROPOSALS, "max_draft_tokens": MAX_DRAFT_TOKENS, "max_q_bytes": 1 << 30}
-    shared = writer.Writer(
+    shared = proposals.ProposalBuilder(
         pair,
         Transducer(pair),
         "tokentiming",

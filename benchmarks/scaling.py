@@ -24,7 +24,7 @@ from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
 from vllm_tokentiming.align.transducer import Transducer
 from vllm_tokentiming.draft.length import FixedLength
-from vllm_tokentiming.transfer.proposals import Writer
+from vllm_tokentiming.transfer.proposals import ProposalBuilder
 from vllm_tokentiming.vocab.pair import Vocabulary, VocabularyPair
 
 BASE = {"requests": 1, "context": 1024, "proposals": NUM_PROPOSALS, "vocabulary": 1 << 17}
@@ -56,12 +56,12 @@ def simulation(pair: VocabularyPair, point: dict[str, int], text: bytes, sampled
     size, proposals, context = point["vocabulary"], point["proposals"], point["context"]
     lengths = pair.target.token_bytes.lengths[pair.target.encoder.encode(text)]
     begin = int(lengths[: max(AXES["context"]) - context].sum())
-    writer = Writer(
+    builder = ProposalBuilder(
         pair, Transducer(pair), "tokentiming", draft_size=size, target_size=size, num_proposals=proposals,
         max_draft_tokens=2 * proposals, device=torch.device("cpu"), max_q_bytes=1 << 32, length=FixedLength(),
         truncate=apply_top_k_top_p,
     )  # fmt: skip
-    return Simulation(pair, writer, text[begin:], context, sampled, point["requests"], proposals)
+    return Simulation(pair, builder, text[begin:], context, sampled, point["requests"], proposals)
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:

@@ -10,9 +10,11 @@ import torch
 from accelerator import DEVICE, Accelerator, fetch
 
 from vllm_tokentiming.align.transducer import Transducer
+from vllm_tokentiming.draft.distribution import DrawState
 from vllm_tokentiming.draft.length import Chain, FixedLength, History
 from vllm_tokentiming.draft.sampling import DraftSampling
-from vllm_tokentiming.transfer.proposals import Draft, Writer
+from vllm_tokentiming.transfer.proposals import ProposalBuilder
+from vllm_tokentiming.transfer.state import DraftState
 from vllm_tokentiming.verify import verify_stages
 
 sampler = pytest.importorskip("vllm.v1.sample.ops.topk_topp_sampler")  # Whose waits are counted, too.
@@ -40,41 +42,45 @@ class Written:
 
 def write(pair, strategy, kinds, device, pieces=False, accelerator=None):
     """One step of drafting from random logits, and the verification of its stages."""
-    writer = Writer(
-        pair, Transducer(pair, one_to_one=strategy == "tli"), strategy,
+    transducer = Transducer(pair, one_to_one=strategy == "tli")
+    builder = ProposalBuilder(
+        pair, transducer, strategy,
         draft_size=pair.draft.token_bytes.size, target_size=pair.target.token_bytes.size,
         num_proposals=PROPOSALS, max_draft_tokens=PASSES, device=device, max_q_bytes=1 << 30, length=FixedLength(),
         truncate=sampler.apply_top_k_top_p,
     )  # fmt: skip
-    drafts = [Draft(i, Chain(History(), PROPOSALS), kind, 7, pieces=pieces) for i, kind in enumerate(kinds)]
-    writer.begin(drafts)
+    drafts = [
+        DraftState(i, Chain(History(), PROPOSALS), DrawState(kind, allow_incomplete=pieces), position=7)
+        for i, kind in enumerate(kinds)
+    ]
+    builder.start_step(drafts)
     waits, expected, going = [], [], drafts
     for number in range(PASSES):
         logits = torch.randn(len(going), pair.draft.token_bytes.size, generator=torch.Generator().manual_seed(number))
         if pieces:
-            logits[:, writer._transducer.waiting] += 4
+            logits[:, transducer.waiting] += 4
         logits = logits.to(device)
         if accelerator:  # Once for what was drafted; and what goes on with waiting bytes must be known before that.
             accelerator.waits.clear()
-            expected.append(1 + any(draft.pending for draft in going))
-        writer.advance(going, logits)
+            expected.append(1 + any(draft.draw.pending for draft in going))
+        builder.append_tokens(going, logits)
         if accelerator:
             waits.append(accelerator.waits.total())
         going = [draft for draft in going if not draft.done]
         if not going:
             break
-    writer.finish(drafts)
+    builder.finish_step(drafts)
     verified = []
-    if writer.stages:
-        assert writer.q is not None
+    if builder.probs.stages:
+        assert builder.probs.q is not None
         proposed = [*drafts[0].proposed_ids, 0, 0, 0][:PROPOSALS]
-        of_first = {position: stages for (row, position), stages in writer.stages.items() if row == 0}
+        of_first = {position: stages for (row, position), stages in builder.probs.stages.items() if row == 0}
         logits = torch.randn(PROPOSALS, pair.target.token_bytes.size, generator=torch.Generator().manual_seed(99))
-        rows = [logits.to(device), writer.q[0].clone()]
+        rows = [logits.to(device), builder.probs.q[0].clone()]
         verify_stages(*rows, torch.tensor(proposed, device=device), of_first)
         verified = [fetch(row).clone() for row in rows]
-    q = None if writer.q is None else fetch(writer.q)
-    return Written([draft.proposed_ids for draft in drafts], q, verified, len(writer.stages), waits, expected)
+    q = None if builder.probs.q is None else fetch(builder.probs.q)
+    return Written([draft.proposed_ids for draft in drafts], q, verified, len(builder.probs.stages), waits, expected)
 
 
 def both(pair, strategy, kinds, monkeypatch, pieces=False):

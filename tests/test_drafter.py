@@ -20,7 +20,7 @@ from vllm_tokentiming.draft.length import FixedLength
 from vllm_tokentiming.draft.protocol import DraftModel, Span
 from vllm_tokentiming.draft.sampling import DraftSampling
 from vllm_tokentiming.drafter import Drafter
-from vllm_tokentiming.transfer.proposals import Writer
+from vllm_tokentiming.transfer.proposals import ProposalBuilder
 
 PROPOSALS, BLOCK = 4, 8
 TEXT = (
@@ -65,13 +65,13 @@ class Engine:
         prefix = self.pair.draft_prefix
         vocab_size, target_size = (side.token_bytes.size for side in (self.pair.draft, self.pair.target))
         self.model = Stub([*prefix, *self.pair.draft.encoder.encode(TEXT.encode())], vocab_size, **sizes)
-        writer = Writer(
+        builder = ProposalBuilder(
             self.pair, Transducer(self.pair, one_to_one=strategy == "tli"), strategy, draft_size=vocab_size,
             target_size=target_size, num_proposals=PROPOSALS, max_draft_tokens=2 * PROPOSALS, device=self.model.device,
             max_q_bytes=1 << 30, length=FixedLength(), truncate=truncate,
         )  # fmt: skip
         model: DraftModel = self.model
-        self.drafter = Drafter(self.pair, model, writer, FixedLength(), 2 * PROPOSALS)
+        self.drafter = Drafter(self.pair, model, builder, FixedLength(), 2 * PROPOSALS)
 
     def snapshot(self, request_id: str, num_target: int, **given: object) -> RequestSnapshot:
         return RequestSnapshot(request_id, self.target_ids, num_target, PROPOSALS, **given)

@@ -13,7 +13,7 @@ from vllm_tokentiming.config import SettingsError
 from vllm_tokentiming.draft.kv_pool import KVPool
 from vllm_tokentiming.draft.length import FixedLength
 from vllm_tokentiming.rehearsal import rehearse
-from vllm_tokentiming.transfer.proposals import Writer
+from vllm_tokentiming.transfer.proposals import ProposalBuilder
 
 NUM_REQUESTS, PROPOSALS = 6, 3
 
@@ -39,9 +39,9 @@ class FullModel(Model):
         raise torch.OutOfMemoryError("it does not fit")
 
 
-def make_writer(embedded, max_q_bytes: int = 1 << 30) -> Writer:
+def make_builder(embedded, max_q_bytes: int = 1 << 30) -> ProposalBuilder:
     sizes = [side.token_bytes.size for side in (embedded.pair.draft, embedded.pair.target)]
-    return Writer(
+    return ProposalBuilder(
         embedded.pair, Transducer(embedded.pair), "tokentiming", draft_size=sizes[0], target_size=sizes[1],
         num_proposals=PROPOSALS,
         max_draft_tokens=2 * PROPOSALS, device=torch.device("cpu"), max_q_bytes=max_q_bytes, length=FixedLength(),
@@ -51,30 +51,30 @@ def make_writer(embedded, max_q_bytes: int = 1 << 30) -> Writer:
 
 @pytest.mark.parametrize(("device", "num_tokens"), [("cpu", 1), ("cuda", 128 // NUM_REQUESTS)])
 def test_all_requests_draft_at_once_in_the_largest_pass(embedded, device, num_tokens, monkeypatch):
-    writer = make_writer(embedded)
+    builder = make_builder(embedded)
     model = Model(device, embedded.pair.draft.token_bytes.size)
     shapes = []
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *shape, **keywords: shapes.append(shape) or zeros(*shape, **keywords))
     free = model.pool.num_free_blocks
-    rehearse(model, writer, NUM_REQUESTS, PROPOSALS)
+    rehearse(model, builder, NUM_REQUESTS, PROPOSALS)
     assert [len(span.draft_ids) for span in model.spans] == [num_tokens] * NUM_REQUESTS
     assert (NUM_REQUESTS, PROPOSALS, embedded.pair.target.token_bytes.size) in shapes
     assert model.pool.num_free_blocks == free
-    assert writer.q is None and not writer.one_hot
+    assert builder.probs.q is None and not builder.one_hot
 
 
 def test_q_that_has_no_room_and_a_small_cache_are_no_faults(embedded):
-    writer = make_writer(embedded, max_q_bytes=0)
+    builder = make_builder(embedded, max_q_bytes=0)
     model = Model("cuda", embedded.pair.draft.token_bytes.size, num_blocks=5)
-    rehearse(model, writer, NUM_REQUESTS, PROPOSALS)
+    rehearse(model, builder, NUM_REQUESTS, PROPOSALS)
     assert 0 < len(model.spans) < NUM_REQUESTS
-    assert model.pool.num_free_blocks == 4 and not writer.one_hot
+    assert model.pool.num_free_blocks == 4 and not builder.one_hot
 
 
 def test_a_step_that_does_not_fit_is_refused_with_what_to_change(embedded):
     model = FullModel("cuda", embedded.pair.draft.token_bytes.size)
     free = model.pool.num_free_blocks
     with pytest.raises(SettingsError, match=r"does not fit into memory .* lower gpu_memory_utilization"):
-        rehearse(model, make_writer(embedded), NUM_REQUESTS, PROPOSALS)
+        rehearse(model, make_builder(embedded), NUM_REQUESTS, PROPOSALS)
     assert model.pool.num_free_blocks == free

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from truncation import truncate
 
 from vllm_tokentiming.align.transducer import Transducer, Waits
+from vllm_tokentiming.draft.distribution import DrawState
 from vllm_tokentiming.draft.length import Chain, FixedLength, History
 from vllm_tokentiming.draft.sampling import DraftSampling
-from vllm_tokentiming.transfer.proposals import Draft, Writer
+from vllm_tokentiming.transfer.proposals import ProposalBuilder
 from vllm_tokentiming.transfer.stages import Groups, Stage
-from vllm_tokentiming.verify import condition, verify_stages
+from vllm_tokentiming.transfer.state import DraftState
+from vllm_tokentiming.verify import resolve_stages, verify_stages
 
 SIZE = 9
 
@@ -38,7 +40,7 @@ def over_uniforms(target_probs, proposed_id, stages, done=()):
     Each such stage accepts below some threshold; it is found by bisection.
     """
     if len(done) == len(stages) or stages[len(done)].drawn is None:
-        return emitted_law(condition(target_probs, proposed_id, stages), proposed_id)
+        return emitted_law(resolve_stages(target_probs, proposed_id, stages), proposed_id)
 
     def at(uniform):
         stage = stages[len(done)]
@@ -46,7 +48,7 @@ def over_uniforms(target_probs, proposed_id, stages, done=()):
         return [*stages[: len(done)], tried, *stages[len(done) + 1 :]]
 
     def rows(uniform):
-        return torch.stack(condition(target_probs, proposed_id, at(uniform)))
+        return torch.stack(resolve_stages(target_probs, proposed_id, at(uniform)))
 
     low, high = 0.0, 1 - 2**-24
     if torch.equal(rows(low), rows(high)):
@@ -114,7 +116,7 @@ def test_a_draft_that_is_the_target_is_always_accepted():
         Groups.of(Waits((), np.empty(0, int), np.empty(0, int)), torch.device("cpu")), given_it, torch.empty(0)
     )
     for target_id in range(3):
-        p, q = condition(target_probs, target_id, [first, second])
+        p, q = resolve_stages(target_probs, target_id, [first, second])
         assert p[target_id] >= q[target_id] * (1 - 1e-6)
 
 
@@ -151,8 +153,8 @@ def test_target_tokens_are_waited_for_by_way_of_what_they_begin_with(names):
             reached.add(left)
 
 
-def make_writer(pair, max_draft_tokens):
-    return Writer(
+def make_builder(pair, max_draft_tokens):
+    return ProposalBuilder(
         pair, Transducer(pair), "tokentiming",
         draft_size=pair.draft.token_bytes.size, target_size=pair.target.token_bytes.size, num_proposals=3,
         max_draft_tokens=max_draft_tokens, device=torch.device("cpu"), max_q_bytes=1 << 30, length=FixedLength(),
@@ -164,26 +166,28 @@ def test_no_draw_of_a_proposal_is_left_out_where_the_target_cannot_write_what_wa
     """With a lossy target, bytes that waited may come to nothing; their stages still belong to the next proposal."""
     pair = load_pair("bert", "gpt2")
     sizes = pair.draft.token_bytes.size, pair.target.token_bytes.size
-    writer = make_writer(pair, max_draft_tokens=6)
+    builder = make_builder(pair, max_draft_tokens=6)
     emoji = sorted(set(pair.draft.encoder.encode("🙂🙃🦀🧵🪐🫠🥝".encode())))
     vanished = 0
     for seed in range(20):
-        draft = Draft(0, Chain(History(), 3), DraftSampling(seed, 1.0), position=seed)
-        writer.begin([draft])
+        draft = DraftState(0, Chain(History(), 3), DrawState(DraftSampling(seed, 1.0)), position=seed)
+        builder.start_step([draft])
         for number in range(6):
-            before = len(draft.stages)
+            before = len(draft.emission.stages)
             logits = torch.randn(1, sizes[0], generator=torch.Generator().manual_seed(100 * seed + number))
             logits[:, emoji] += 12.0
-            writer.advance([draft], logits)
-            in_vain = not draft.pending and bool(draft.stages)
+            builder.append_tokens([draft], logits)
+            in_vain = not draft.draw.pending and bool(draft.emission.stages)
             vanished += in_vain
-            assert len(draft.stages) == before + 1 or not draft.stages  # One more, or all belong to a proposal.
+            assert (
+                len(draft.emission.stages) == before + 1 or not draft.emission.stages
+            )  # One more, or all belong to a proposal.
             if draft.done:
                 break
-        left = len(draft.stages)
-        writer.finish([draft])
+        left = len(draft.emission.stages)
+        builder.finish_step([draft])
         position = len(draft.proxy.target_ids)
-        assert not left or len(writer.stages[0, position]) == left
+        assert not left or len(builder.probs.stages[0, position]) == left
         assert all(0 <= target_id < sizes[1] for target_id in draft.proposed_ids)
     assert vanished > 5
 
@@ -191,21 +195,21 @@ def test_no_draw_of_a_proposal_is_left_out_where_the_target_cannot_write_what_wa
 def test_the_stages_of_a_proposal_begin_with_nothing_pending_and_the_last_one_can_commit_it(embedded):
     transducer = Transducer(embedded.pair)
     sizes = embedded.pair.draft.token_bytes.size, embedded.pair.target.token_bytes.size
-    writer = make_writer(embedded.pair, max_draft_tokens=4)
+    builder = make_builder(embedded.pair, max_draft_tokens=4)
     kinds = {"committed": 0, "ended": 0, "several": 0}
     for seed in range(60):
-        draft = Draft(0, Chain(History(), 3), DraftSampling(seed, 1.0), position=seed)
-        writer.begin([draft])
+        draft = DraftState(0, Chain(History(), 3), DrawState(DraftSampling(seed, 1.0)), position=seed)
+        builder.start_step([draft])
         for number in range(1 + seed % 4):
             logits = torch.randn(1, sizes[0], generator=torch.Generator().manual_seed(100 * seed + number))
             logits[:, transducer.waiting] += 5.0  # So that pieces of characters come often,
             logits[:, 0x80 : 0x80 + 80] += 3.0  # and what goes on with them.
-            writer.advance([draft], logits)
+            builder.append_tokens([draft], logits)
             if draft.done:
                 break
-        writer.finish([draft])
-        assert writer.q is not None
-        for (row, position), stages in writer.stages.items():
+        builder.finish_step([draft])
+        assert builder.probs.q is not None
+        for (row, position), stages in builder.probs.stages.items():
             proposed_id = draft.proposed_ids[position]
             *waited, last = stages
             assert row == 0 and all(stage.drawn is not None for stage in waited)
@@ -214,7 +218,7 @@ def test_the_stages_of_a_proposal_begin_with_nothing_pending_and_the_last_one_ca
                 assert -1e-4 < missing < 1
             if last.drawn is None:
                 assert last.at_once[proposed_id] > 0
-                assert torch.equal(last.at_once, writer.q[0, position])
+                assert torch.equal(last.at_once, builder.probs.q[0, position])
                 kinds["committed"] += 1
             else:
                 assert position == len(draft.proxy.target_ids)

@@ -26,13 +26,15 @@ import torch
 from vllm_tokentiming.context import Drafted
 from vllm_tokentiming.draft.batch import RequestSnapshot
 from vllm_tokentiming.draft.counts import Counts
+from vllm_tokentiming.draft.distribution import DrawState
 from vllm_tokentiming.draft.length import Chain, FixedLength
 from vllm_tokentiming.draft.phase_clock import PhaseClock
 from vllm_tokentiming.draft.protocol import DraftModel, Span
 from vllm_tokentiming.draft.sequences import DraftSequence, DraftSequences
 from vllm_tokentiming.tensors import upload
-from vllm_tokentiming.transfer.proposals import Draft, Writer
+from vllm_tokentiming.transfer.proposals import ProposalBuilder
 from vllm_tokentiming.transfer.stages import Stage
+from vllm_tokentiming.transfer.state import DraftState
 from vllm_tokentiming.vocab.pair import VocabularyPair
 
 
@@ -42,8 +44,8 @@ class Proposals:
 
     Attributes:
         target_ids: Per request, up to ``max_proposals`` target ids.
-        q: ``[len(q_request_ids), num_speculative_tokens, target vocabulary] float32``, the law that each was drawn
-            from; ``None`` if all are to be verified as one-hot.
+        q: ``[len(q_request_ids), num_speculative_tokens, target vocabulary] float32``, the distribution that each
+            was drawn from; ``None`` if all are to be verified as one-hot.
         q_request_ids: The requests that ``q`` has rows for: all that have proposals.
         stages: By request and position: of the proposals that are verified in stages; without them, their ``q`` does
             not count.
@@ -67,21 +69,26 @@ class Drafter:
     """
 
     def __init__(
-        self, pair: VocabularyPair, model: DraftModel, writer: Writer, length: FixedLength, max_draft_tokens: int
+        self,
+        pair: VocabularyPair,
+        model: DraftModel,
+        builder: ProposalBuilder,
+        length: FixedLength,
+        max_draft_tokens: int,
     ) -> None:
         """Bring the vocabularies and the model together.
 
         Args:
             pair: The vocabularies.
             model: The draft model.
-            writer: What turns its logits into proposals.
+            builder: Turns its logits into proposals.
             length: Decides how much to draft.
             max_draft_tokens: Most draft tokens written for a request in a step.
         """
         self._length = length
         self._model = model
         self._max_draft_tokens = max_draft_tokens
-        self._writer = writer
+        self._builder = builder
         self.costs: list[tuple[str, int, float]] = []
         self.counts = Counts()
         self.clock = PhaseClock()
@@ -106,7 +113,7 @@ class Drafter:
             "draft_tokens": {kind: getattr(counts, kind) for kind in kinds},
             "proposed_tokens": counts.proposed,
             "staged_tokens": counts.staged,
-            "one_hot": self._writer.one_hot,
+            "one_hot": self._builder.one_hot,
             "not_drafted": counts.not_drafted,
             "seconds": self.clock.seconds,
             "draft_blocks": pool.num_blocks,
@@ -167,25 +174,26 @@ class Drafter:
         drafts = []
         for row in ready:
             index = places[id(read[row])]
-            snapshot, pieces = batch[index], self._writer.pieces_after(read[row].context.draft_ids)
-            drafts.append(
-                Draft(index, chains[index], snapshot.sampling, snapshot.num_target, snapshot.greedy, pieces=pieces)
-            )
-        self._writer.begin(drafts)
+            snapshot = batch[index]
+            allow_incomplete = self._builder.distribution.allows_incomplete(read[row].context.draft_ids)
+            draw = DrawState(snapshot.sampling, allow_incomplete)
+            drafts.append(DraftState(index, chains[index], draw, snapshot.num_target, snapshot.greedy))
+        self._builder.start_step(drafts)
         self._draft(drafts, requests, logits, began, num_read)
         written = time.perf_counter()
-        self._writer.finish(drafts)
+        self._builder.finish_step(drafts)
         for draft in drafts:
             request = requests[draft.index]
-            request.drafted, request.chain = Drafted(draft.draft_ids, draft.proxy), draft.chain
+            request.drafted, request.chain = Drafted(draft.draft_ids, draft.proxy), draft.plan
             target_ids[draft.index] = draft.proposed_ids
             self.counts.proposed += len(target_ids[draft.index])
         kind, num_tokens, seconds = self.costs[0]
         self.costs[0] = (kind, num_tokens, seconds + time.perf_counter() - written)
-        self.counts.staged += len(self._writer.stages)
+        probs = self._builder.probs
+        self.counts.staged += len(probs.stages)
         request_ids = [batch[draft.index].request_id for draft in drafts]
-        stages = {(request_ids[row], position): found for (row, position), found in self._writer.stages.items()}
-        return Proposals(target_ids, self._writer.q, request_ids, stages)
+        stages = {(request_ids[row], position): found for (row, position), found in probs.stages.items()}
+        return Proposals(target_ids, probs.q, request_ids, stages)
 
     def _chains(self, batch: Sequence[RequestSnapshot], requests: Sequence[DraftSequence]) -> dict[int, Chain]:
         """Return a chain for each request that could draft, by its place in the batch."""
@@ -205,7 +213,12 @@ class Drafter:
         }
 
     def _draft(
-        self, drafts: list[Draft], requests: Sequence[DraftSequence], logits: torch.Tensor, began: float, num_read: int
+        self,
+        drafts: list[DraftState],
+        requests: Sequence[DraftSequence],
+        logits: torch.Tensor,
+        began: float,
+        num_read: int,
     ) -> None:
         """Write draft tokens, all requests together, one each per pass.
 
@@ -218,14 +231,14 @@ class Drafter:
         """
         kind, num_tokens = "first", num_read
         for num_drafted in range(1, self._max_draft_tokens + 1):
-            self._writer.advance(drafts, logits)
+            self._builder.append_tokens(drafts, logits)
             now = time.perf_counter()
             self.costs.append((kind, num_tokens, now - began))
             drafts = [draft for draft in drafts if not draft.done]
-            going = self._length.go_on([draft.chain for draft in drafts])
+            going = self._length.go_on([draft.plan for draft in drafts])
             if len(going) < len(drafts):
                 ids = {id(chain) for chain in going}
-                drafts = [draft for draft in drafts if id(draft.chain) in ids]
+                drafts = [draft for draft in drafts if id(draft.plan) in ids]
             if not drafts or num_drafted == self._max_draft_tokens:
                 return
             spans = []

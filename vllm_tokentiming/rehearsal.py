@@ -10,19 +10,21 @@ from __future__ import annotations
 import torch
 
 from vllm_tokentiming.config import SettingsError
+from vllm_tokentiming.draft.distribution import DrawState
 from vllm_tokentiming.draft.length import Chain, History
 from vllm_tokentiming.draft.protocol import DraftModel, Span
 from vllm_tokentiming.draft.sampling import DraftSampling
-from vllm_tokentiming.transfer.proposals import Draft, Writer
+from vllm_tokentiming.transfer.proposals import ProposalBuilder
+from vllm_tokentiming.transfer.state import DraftState
 
 
 @torch.inference_mode()
-def rehearse(model: DraftModel, writer: Writer, num_requests: int, num_proposals: int) -> None:
+def rehearse(model: DraftModel, builder: ProposalBuilder, num_requests: int, num_proposals: int) -> None:
     """Run the draft's largest pass, and draw a token for as many sampled requests as there can be.
 
     Args:
         model: The draft model; its KV pool must be free, and is free again afterwards.
-        writer: Between two steps.
+        builder: Builder of proposals, between two steps.
         num_requests: Most requests at a time.
         num_proposals: Most target tokens to propose for a request.
 
@@ -39,27 +41,31 @@ def rehearse(model: DraftModel, writer: Writer, num_requests: int, num_proposals
                 model.pool.close_row(row)
                 break
             spans.append(Span(row, 0, [0] * num_tokens))
-        _step(model, writer, spans, num_proposals)
+        _step(model, builder, spans, num_proposals)
     except torch.OutOfMemoryError as error:
         raise SettingsError(
             "tokentiming: the draft's largest step does not fit into memory beside the target's; lower "
             "gpu_memory_utilization, max_num_batched_tokens or max_num_seqs of vLLM, or q_memory_gib."
         ) from error
     finally:
-        writer.begin([])
+        builder.start_step([])
         for span in spans:
             model.pool.close_row(span.row)
 
 
-def _step(model: DraftModel, writer: Writer, spans: list[Span], num_proposals: int) -> None:
+def _step(model: DraftModel, builder: ProposalBuilder, spans: list[Span], num_proposals: int) -> None:
     logits = model.forward(spans)
-    # With all that shapes a draft's law: each takes memory of its own.
+    # With all that shapes a draft's distribution: each takes memory of its own.
     sampling = DraftSampling(seed=0, temperature=1.0, top_k=model.vocab_size - 1, top_p=0.9, min_p=0.01)
-    number = min(len(spans), writer.max_rows) or len(spans)
+    number = min(len(spans), builder.max_rows) or len(spans)
     # Marked as greedy, so that no one-hot verification is counted where `q` has no room.
-    drafts = [Draft(index, Chain(History(), num_proposals), sampling, 0, greedy=True) for index in range(number)]
-    writer.begin(drafts)
-    writer.advance(drafts, logits[:number])
-    writer.finish(drafts)
-    verified = None if writer.q is None else writer.q.clone()  # As vLLM copies it.
+    drafts = [
+        DraftState(index, Chain(History(), num_proposals), DrawState(sampling), 0, greedy=True)
+        for index in range(number)
+    ]
+    builder.start_step(drafts)
+    builder.append_tokens(drafts, logits[:number])
+    builder.finish_step(drafts)
+    q = builder.probs.q
+    verified = None if q is None else q.clone()  # As vLLM copies it.
     del verified

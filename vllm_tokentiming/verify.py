@@ -30,7 +30,7 @@ from vllm_tokentiming.transfer.stages import Stage
 _TINY = torch.finfo(torch.float32).tiny
 
 
-def condition(
+def resolve_stages(
     target_probs: torch.Tensor, proposed_id: int, stages: Sequence[Stage]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Verify all stages of a proposal but the last, and say what is left to verify.
@@ -86,5 +86,5 @@ def verify_stages(
     proposed = proposed_ids.tolist()
     for row, stages in staged.items():
         probs = target_logits[row].softmax(-1, dtype=torch.float32)
-        p, q[row] = condition(probs, proposed[row], stages)
+        p, q[row] = resolve_stages(probs, proposed[row], stages)
         target_logits[row] = p.log()

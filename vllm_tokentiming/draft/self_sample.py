@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 
+from vllm_tokentiming.draft.distribution import draw
 from vllm_tokentiming.draft.protocol import DraftModel, Span
-from vllm_tokentiming.draft.sampling import draw, uniforms
+from vllm_tokentiming.draft.sampling import uniforms
 from vllm_tokentiming.vocab.pair import VocabularyPair
 
 _NUM_TEXTS = 32

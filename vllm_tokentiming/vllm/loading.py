@@ -57,7 +57,7 @@ def load_drafter(
 
     from vllm_tokentiming.drafter import Drafter
     from vllm_tokentiming.rehearsal import rehearse
-    from vllm_tokentiming.transfer.proposals import Writer
+    from vllm_tokentiming.transfer.proposals import ProposalBuilder
     from vllm_tokentiming.vllm.draft_model import PagedDraftModel
 
     patches.check()
@@ -88,7 +88,7 @@ def load_drafter(
             "TokenTiming: this vLLM takes no proposal probabilities from a plugin, so sampled requests are "
             "verified as one-hot: exact as well, but fewer of their proposals will be accepted."
         )
-    writer = Writer(
+    builder = ProposalBuilder(
         pair,
         startup_cache().transducer(pair, one_to_one=settings.strategy == "tli"),
         settings.strategy,
@@ -104,8 +104,8 @@ def load_drafter(
     )
     max_num_seqs = vllm_config.scheduler_config.max_num_seqs
     return (
-        Drafter(pair, model, writer, length, max_draft_tokens),
-        functools.partial(rehearse, model, writer, max_num_seqs, num_proposals),
+        Drafter(pair, model, builder, length, max_draft_tokens),
+        functools.partial(rehearse, model, builder, max_num_seqs, num_proposals),
     )
 
 
