@@ -85,7 +85,7 @@ class Candidates:
         return list(next_ids), list(masses)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Choices:
     """One draft token for each request, and the distributions that the drawn ones came from.
 
@@ -145,6 +145,7 @@ class DraftDistribution:
         known = torch.from_numpy(transducer.draftable)[:draft_size]
         draftable[: len(known)] = known
         self._undraftable_ids = (~draftable).nonzero().squeeze(1).to(device)
+        self._no_probs = torch.empty(0, draft_size, device=device)
         self._has_stages = for_target_tokens and len(transducer.waiting) > 0
         # With nothing pending, an id that the target cannot write says nothing about what comes next.
         unwritable = torch.from_numpy(transducer.lost if for_target_tokens else transducer.lost[:0])
@@ -179,7 +180,7 @@ class DraftDistribution:
         """
         number = len(states)
         drawing = [row for row, state in enumerate(states) if state.sampling]
-        staging = self._has_stages and any(states[row].allow_incomplete for row in drawing)
+        staging = bool(drawing) and self._has_stages and any(states[row].allow_incomplete for row in drawing)
         self._mask(logits, states, drawing, staging)
         candidates: dict[int, Candidates] = {}
         staged = None
@@ -188,7 +189,7 @@ class DraftDistribution:
             confidences = probs.amax(-1)
         else:
             confidences, next_ids = self._greedy(logits)
-            probs = logits[:0]
+            probs = self._no_probs
             if drawing:
                 rows = upload(drawing, self._device)
                 probs, drawn, staged, found = self._draw(logits[rows], [states[row] for row in drawing], staging)
@@ -201,13 +202,14 @@ class DraftDistribution:
         # Nothing may be verified with such a `q`.
         if math.isnan(sum(confident)):
             raise FloatingPointError("the draft's logits are not finite")
-        draft_ids = [int(draft_id) for draft_id in chosen[:number]]
+        draft_ids = list(map(int, chosen[:number]))
         sources, is_stage = [-1] * number, [False] * number
         for source, row in enumerate(drawing):
             sources[row] = source
             state = states[row]
             state.num_drawn += 1
-            state.allow_incomplete = state.allow_incomplete or self._is_wide[draft_ids[row]]
+            if self._is_wide[draft_ids[row]]:
+                state.allow_incomplete = True
             if staged is not None:
                 is_stage[row] = bool(chosen[2 * number + source])
         return Choices(draft_ids, confident, sources, is_stage, candidates, probs, staged is not None)
