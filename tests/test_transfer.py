@@ -307,6 +307,15 @@ def test_a_step_whose_q_would_be_too_large_is_one_hot(embedded, transducer, size
         assert all(draft.proxy.target_ids for draft in drafts)
 
 
+@pytest.mark.parametrize("sampling", [None, DraftSampling(0, 1.0)])
+def test_logits_that_are_no_numbers_are_refused_before_anything_is_drafted(embedded, sizes, sampling):
+    builder, state = make_builder(embedded, sizes), draft_state(0, sampling, position=0)
+    builder.start_step([state])
+    with pytest.raises(FloatingPointError, match="not finite"):
+        builder.append_tokens([state], torch.full((1, sizes[0]), torch.nan))
+    assert not state.draft_ids
+
+
 def test_a_request_drafts_the_same_alone_and_in_a_batch(embedded, transducer, sizes):
     builder = make_builder(embedded, sizes)
     logits = torch.randn(3, sizes[0], generator=torch.Generator().manual_seed(1))

@@ -6,8 +6,8 @@ Whatever shapes it here is part of its definition: a token is drawn from exactly
 
 In this order:
 
-- **Masking.** Ids that nothing may draft. With no bytes pending, also ids that the target cannot write; and incomplete
-  characters, unless the request allows them.
+- **Masking.** Ids that may not be drafted. In a draw with no bytes pending, also ids that the target cannot write, and
+  incomplete characters unless the request allows them.
 - **Shaping** (``shape``). Temperature, prior, top-k, top-p, min-p.
 - **Pruning.** Incomplete characters are left out where they are unlikely together, because each of them costs a stage
   of verification. With bytes pending, the draw is from the ``MAX_CANDIDATES`` likeliest ids: what each of them emits is

@@ -49,11 +49,8 @@ class Strategy(Protocol):
             ``DraftDistribution``.
     """
 
-    @property
-    def draws(self) -> bool: ...  # noqa: D102
-
-    @property
-    def for_target_tokens(self) -> bool: ...  # noqa: D102
+    draws: bool
+    for_target_tokens: bool
 
     def start(self, draft: DraftState, probs: ProposalProbs) -> Emission:
         """Return the emission of a draft in a new step.
