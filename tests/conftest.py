@@ -36,7 +36,18 @@ _SEARCH = int(os.environ.get("TOKENTIMING_SEARCH", 0))
 # Files that compile real models take longest; with several workers, they have to begin first.
 _LONGEST = tuple(
     f"test_engine_{name}"
-    for name in ("published", "defaults", "exactness", "patches", "lifecycle", "greedy", "interface")
+    for name in (
+        "published",
+        "v2",
+        "exactness",
+        "defaults",
+        "targets",
+        "patches",
+        "lifecycle",
+        "parallel",
+        "sampling",
+        "greedy",
+    )
 )
 
 

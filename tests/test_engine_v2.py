@@ -17,7 +17,7 @@ from test_engine_patches import AT_START, CHOICE, listed_for_upstream
 
 pytestmark = pytest.mark.engine
 
-MAX_LEN, MAX_TOKENS, FEW = 256, 10, 4
+MAX_LEN, MAX_TOKENS, FEW = 256, 8, 4
 STRATEGIES = ("slem", "tli")
 GRAMMAR = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 
@@ -428,7 +428,7 @@ def test_the_list_for_upstream_has_every_patch_of_runner_v2_and_no_other(broken)
     assert listed_for_upstream("model runner V2") - {"rejection_sample"} == of_v2
 
 
-NUM_DRAWS, NUM_TOKENS, TEMPERATURE = 500, 8, 0.5
+NUM_DRAWS, NUM_TOKENS, TEMPERATURE = 300, 8, 0.5
 
 
 def verify_one_token(scaled: bool) -> list[int]:
