@@ -34,7 +34,7 @@ BUILT_FROM := pyproject.toml setup.py $(wildcard csrc/*.pyx csrc/*.pxd)
 # Builds of the kernels apart from the installed one, for `$(1)` in build/$(1), and their tests. `pytest` and not `python
 # -m pytest`, which would import the package of this folder.
 BUILD_KERNELS = $(BIN)/python setup.py --quiet build --build-base build/$(1) --build-lib build/$(1)/lib
-KERNEL_TESTS = tests/test_alignment.py tests/test_retokenize.py
+KERNEL_TESTS = tests/unit/align/test_alignment.py tests/unit/align/test_retokenize.py
 IS_BUILD = import vllm_tokentiming.align.dtw as face; assert "build/$(1)/" in face._dtw.__file__, face._dtw.__file__
 # Environments beside `.venv`: one without vLLM, one with the tools that pack, one into which the archive is installed.
 UNIT := build/unit
@@ -69,7 +69,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --quiet tests/test_layers.py
+	$(BIN)/python -m pytest --quiet tests/unit/test_layers.py
 	$(BIN)/python benchmarks/report.py --check
 
 test-unit: $(UNIT)/ready  # Without vLLM, on $(PYTHON): what needs vLLM is skipped.

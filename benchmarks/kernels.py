@@ -3,7 +3,7 @@
 On real tokens: the draft's own tokens of held-out text, and the target's tokens of the same bytes, n of each. Sides:
 
 - `kernel`: `warp` or `span_blocks`, pieces in and blocks out;
-- `plain reference`: the oracle of the tests (`tests/reference_alignment.py`), which only says what is right;
+- `plain reference`: the oracle of the tests (`tests/support/reference_alignment.py`), which only says what is right;
 - `Python loop, rapidfuzz`: the recurrence in Python over rapidfuzz's C edit distance, as it is usually written, with a
   numpy matrix of all cells; `in the band, on lists`: the same, as fast as Python gets;
 - `rapidfuzz matrix, dtw-python`: all local costs by one call of `rapidfuzz.process.cdist`, warped by dtw-python.

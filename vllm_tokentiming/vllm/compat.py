@@ -1,9 +1,9 @@
 """Every difference between what we need of vLLM and what it is, in one place.
 
 Each function below repairs one fault of vLLM's. It can be called any number of times, names the versions that have the
-fault, and says when it can go (``patches.py``); ``tests/test_compat.py`` has, for each, a test that fails as soon as
-vLLM no longer needs it. What vLLM must have at least stands in ``requirements.py``. The tests run on vLLM 0.32.0 (CPU),
-and on the code of 0.33.0 over its compiled parts (``scripts/overlay_vllm.py``).
+fault, and says when it can go (``patches.py``); ``tests/unit/vllm/test_compat.py`` has, for each, a test that fails as
+soon as vLLM no longer needs it. What vLLM must have at least stands in ``requirements.py``. The tests run on vLLM
+0.32.0 (CPU), and on the code of 0.33.0 over its compiled parts (``scripts/overlay_vllm.py``).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Everything of vLLM's that we rely on, and the refusal of a vLLM that lacks some of it.
 
-``tests/test_requirements.py`` reads our own code and demands that every import from vLLM, every attribute of an object
-of vLLM's, and every argument that vLLM is given stands here.
+``tests/unit/vllm/test_requirements.py`` reads our own code and demands that every import from vLLM, every attribute of
+an object of vLLM's, and every argument that vLLM is given stands here.
 """
 
 from __future__ import annotations

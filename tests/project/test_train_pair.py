@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "train_pair.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "train_pair.py"
 MIXED_SCRIPTS = (
     "Plain words,  two spaces, three   spaces.\n\n\tdef f(x):\r\n        return {'a': [1, 23]}\n",
     "Где мы? — Дома. 世界人权宣言。 Ελληνικά, العربية, हिन्दी, naïve, cafe\u0301",

@@ -1,15 +1,11 @@
 """Benchmarks start engines as users do, and measure what the engine's own counters say."""
 
 import argparse
-import sys
 from pathlib import Path
 
+import conditions
 import engine
 import pytest
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
-import conditions
 from grid import VLLM_METHODS, with_draft
 from serving import flags_of
 

@@ -27,8 +27,8 @@ from typing import Any
 
 import pytest
 
-TESTS = Path(__file__).resolve().parent
-MODELS = TESTS.parent / "examples" / "models"
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = ROOT / "examples" / "models"
 TARGET, DRAFT = str(MODELS / "target"), str(MODELS / "draft")
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -82,7 +82,7 @@ class _Forking:
     def __init__(self, on_v2: bool) -> None:
         given = environment()
         if on_v2:
-            paths = [str(_triton()), str(TESTS.parent / "scripts"), *filter(None, [given.get("PYTHONPATH")])]
+            paths = [str(_triton()), str(ROOT / "scripts"), *filter(None, [given.get("PYTHONPATH")])]
             given |= {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
         self._process = subprocess.Popen(
             [sys.executable, __file__], env=given, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -282,5 +282,6 @@ def logged(name: str) -> Iterator[list[str]]:
 if __name__ == "__main__":
     # Modules that import this one shall not get a second copy of it.
     sys.modules["engine"] = sys.modules["__main__"]
-    sys.path.insert(0, str(TESTS))
+    # The modules that jobs name.
+    sys.path[:0] = [str(ROOT / "benchmarks"), *sorted({str(file.parent) for file in (ROOT / "tests").rglob("*.py")})]
     _fork_for_jobs()

@@ -11,7 +11,7 @@ import pytest
 
 pytestmark = pytest.mark.engine
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 OPTIONS = "--prompts 24 --continuation 48 --passes 12 --batch 4 --length 64 --learning-rate 0.001"
 
 

@@ -3,15 +3,11 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
-
-import numpy as np
-import pytest
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import conclusions
+import numpy as np
 import provenance
+import pytest
 import report
 from grid import GRIDS, METHODS, baseline
 from reduce import reduced

@@ -1,14 +1,10 @@
 """A widened target has the function of the trained one, and nothing in it that could be skipped."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 from widen import widen, widened_config  # noqa: E402
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import MODELS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # What is built, and what is large and belongs to no package.
 _LEFT_OUT = shutil.ignore_patterns(
     ".*", "build", "dist", "*.egg-info", "*.so", "*.c", "__pycache__", "benchmarks", "examples"

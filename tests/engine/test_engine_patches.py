@@ -172,7 +172,7 @@ def broken():
 
 def listed_for_upstream(section: str) -> set[str]:
     """The functions that a section of the list names, without their classes."""
-    text = (engine.TESTS.parent / "docs" / "upstream.md").read_text()
+    text = (engine.ROOT / "docs" / "upstream.md").read_text()
     (found,) = (part for part in text.split("\n## ") if section.lower() in part.partition("\n")[0].lower())
     return {row.split("`")[1].rpartition(".")[2] for row in found.splitlines() if row.startswith("| `")}
 

@@ -19,7 +19,7 @@ from front_end import refused as _refused
 
 pytestmark = pytest.mark.engine
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 PROMPTS = ["Once upon a time there was a", "def merge(left, right):\n    ", "Жила-была девочка"]
 
