@@ -38,7 +38,7 @@ MIN_PENDING_PROBABILITY = 0.05  # Of all incomplete characters together. Below i
 _ASCII_WINDOW = 8  # Draft tokens.
 
 
-@dataclass
+@dataclass(slots=True)
 class DrawState:
     """The part of a request's state that its ``Q`` depends on, beside the logits.
 

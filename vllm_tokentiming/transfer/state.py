@@ -55,7 +55,7 @@ class Emission(Protocol):
         ...
 
 
-@dataclass
+@dataclass(slots=True)
 class DraftState:
     """The draft of one request in one step.
 
