@@ -29,7 +29,6 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
-from vllm_tokentiming.config import PROPOSER
 from vllm_tokentiming.draft.batch import RequestSnapshot
 from vllm_tokentiming.drafter import Proposals
 from vllm_tokentiming.tensors import upload
@@ -38,6 +37,7 @@ from vllm_tokentiming.vllm import patches
 from vllm_tokentiming.vllm.compat import cache_salt
 from vllm_tokentiming.vllm.proposer import TokenTimingProposer
 from vllm_tokentiming.vllm.requests import KnownRequest, known_request
+from vllm_tokentiming.vllm.runner_choice import is_ours, reason_for_v2
 
 _FILLER = 0  # A target id that stands where there is no proposal: vLLM reads its embedding, and we have it rejected.
 
@@ -140,18 +140,18 @@ class ProposalsBySlot:
         slots: torch.Tensor,
         temperatures: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Verify all stages of proposals but the last, and change both sides' logits to what is left to verify.
+        """Verify all stages of proposals but the last, and say what is left to verify.
 
         Args:
-            target_logits: ``[logits, target vocabulary] float32``; changed.
-            draft_logits: As ``logits`` returns them; changed.
+            target_logits: ``[logits, target vocabulary] float32``.
+            draft_logits: As ``logits`` returns them; changed to what is left to verify.
             proposed_ids: ``[logits]``, -1 where there is no proposal.
             first_places: ``[requests]``, where each request begins in the logits.
             slots: ``[requests]``.
             temperatures: ``[requests]``.
 
         Returns:
-            The rows of ``target_logits`` that were changed, and what they were before; ``None`` if there are none.
+            Rows of ``target_logits``, and what is left to verify there; ``None`` if no proposal has stages.
         """
         if not self._stages:
             return None
@@ -169,12 +169,11 @@ class ProposalsBySlot:
         if not places:
             return None
         rows, requests, positions = (upload(column, self._device) for column in zip(*places, strict=True))
-        before = target_logits[rows]
-        p, q = before.clone(), torch.zeros_like(before)
+        p = target_logits[rows]
+        q = torch.zeros_like(p)
         verify_stages(p, q, proposed_ids[rows + 1], stages)
-        target_logits[rows] = p
         draft_logits[requests, positions] = q.log_().mul_(temperatures[requests].unsqueeze(1))
-        return rows, before
+        return rows, p
 
     def _no_rows(self) -> torch.Tensor:
         return torch.full((self._max_num_reqs,), -1, dtype=torch.int64, device=self._device)
@@ -273,7 +272,7 @@ class TokenTimingSpeculator(BaseSpeculator):  # type: ignore[misc]  # It is `Any
         Returns:
             ``[requests, proposals] int64``, with an id that is to be rejected where there is no proposal.
         """
-        num_requests = len(input_batch.req_ids) if not dummy_run else input_batch.num_reqs
+        num_requests = input_batch.num_reqs
         proposed = self._proposed[:num_requests].fill_(_FILLER)
         if dummy_run:
             if is_profile:
@@ -377,41 +376,38 @@ def install() -> None:
 
 
 def _init_speculator(init: Any, vllm_config: Any, device: Any, req_states: Any) -> Any:
-    speculative = vllm_config.speculative_config
-    if speculative.method == "custom_class" and speculative.model == PROPOSER:
+    if is_ours(vllm_config):
         return TokenTimingSpeculator(vllm_config, device, req_states)
     return init(vllm_config, device, req_states)
 
 
 def _load_model(load: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
-    from vllm_tokentiming.vllm.runner_choice import reason_for_v2
-
     loaded = load(runner, *args, **kwargs)
-    if _is_ours(runner):
+    if _drafts(runner):
         runner.speculator.load(reason_for_v2())
     return loaded
 
 
 def _add_requests(add: Any, runner: Any, scheduler_output: Any) -> Any:
     added = add(runner, scheduler_output)
-    if _is_ours(runner):
+    if _drafts(runner):
         for request in scheduler_output.scheduled_new_reqs:
             runner.speculator.add(request)
     return added
 
 
 def _remove_request(remove: Any, runner: Any, request_id: str, *args: Any, **kwargs: Any) -> Any:
-    if _is_ours(runner):
+    if _drafts(runner):
         runner.speculator.remove(request_id)
     return remove(runner, request_id, *args, **kwargs)
 
 
 def _take_draft_token_ids(take: Any, runner: Any) -> Any:
     taken = take(runner)
-    return runner.speculator.ragged(taken) if _is_ours(runner) else taken
+    return runner.speculator.ragged(taken) if _drafts(runner) else taken
 
 
-def _is_ours(runner: Any) -> bool:
+def _drafts(runner: Any) -> bool:
     return isinstance(getattr(runner, "speculator", None), TokenTimingSpeculator)
 
 
@@ -422,7 +418,7 @@ def _rejection_sample(verify: Any, *args: Any, **kwargs: Any) -> Any:
         return verify(*args, **kwargs)
     call["draft_logits"] = None  # If what follows fails, all is verified as one-hot, which is exact as well.
     target_logits, slots = call["target_logits"], call["idx_mapping"].long()
-    changed = None
+    left = None
     with proposals.guard("verify"):
         given = call["draft_sampled"]
         call["draft_sampled"] = proposals.without_fillers(
@@ -432,7 +428,7 @@ def _rejection_sample(verify: Any, *args: Any, **kwargs: Any) -> Any:
         temperatures = call["temperature"][slots]
         draft_logits = proposals.logits(slots, temperatures)
         if draft_logits is not None:
-            changed = proposals.verify_stages(
+            staged = proposals.verify_stages(
                 target_logits, draft_logits, call["draft_sampled"], first_places, slots, temperatures
             )
             # The verifier finds draft logits, temperatures and seeds by one index, and our logits are by request.
@@ -445,12 +441,16 @@ def _rejection_sample(verify: Any, *args: Any, **kwargs: Any) -> Any:
                 idx_mapping=by_request,
                 expanded_idx_mapping=by_request.repeat_interleave(lengths, output_size=len(target_logits)),
             )
+            left = staged  # Last: the target's logits may change only if nothing has failed.
+    if left is None:
+        return verify(**call)
+    rows, conditioned = left
+    before = target_logits[rows]
+    target_logits[rows] = conditioned
     try:
         return verify(**call)
     finally:
-        if changed is not None:
-            rows, before = changed
-            target_logits[rows] = before  # vLLM may tell clients of log-probabilities, which are the target's.
+        target_logits[rows] = before  # vLLM may tell clients of log-probabilities, which are the target's.
 
 
 def _one_hot(verify: Any, _fault: Exception, *args: Any, **kwargs: Any) -> Any:
