@@ -1,7 +1,9 @@
 """What benchmarks put into a running engine for a while: counters, and proposal probabilities that are wrong."""
 
 import contextlib
+import importlib
 import itertools
+import os
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -72,16 +74,17 @@ def _spoilt_stages() -> tuple[Any, str, Any]:
 
 
 def _failing_stages() -> tuple[Any, str, Any]:
-    from vllm_tokentiming.vllm import integration
-
-    original, calls = integration.verify_stages, itertools.count()
+    # Each of vLLM's model runners has its own way to call it.
+    runner = "runner_v2" if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" else "runner_v1"
+    module = importlib.import_module(f"vllm_tokentiming.vllm.{runner}")
+    original, calls = module.verify_stages, itertools.count()
 
     def verify_stages(*arguments: Any) -> None:
         original(*arguments)
         if next(calls) % 3 == 2:
             raise RuntimeError("the stages were made to fail")
 
-    return integration, "verify_stages", verify_stages
+    return module, "verify_stages", verify_stages
 
 
 SPOILERS = {

@@ -75,9 +75,17 @@ def time_runner(runner: Any) -> Timers:
     """Put timers around the parts of a model runner of this process."""
     timers = Timers()
     timers.wrap(runner, "execute_model", _target_phase)
-    timers.wrap(runner, "_sample", "sampling")
-    timers.wrap(runner, "propose_draft_token_ids", "drafting")
-    for owner, name in _draft_passes(getattr(runner, "drafter", None)):
+    speculator = getattr(runner, "speculator", None)
+    if hasattr(runner, "propose_draft_token_ids"):  # vLLM's model runner V1.
+        drafter = getattr(runner, "drafter", None)
+        timers.wrap(runner, "_sample", "sampling")
+        timers.wrap(runner, "propose_draft_token_ids", "drafting")
+    else:
+        drafter = getattr(speculator, "proposer", speculator)
+        timers.wrap(runner, "sample", "sampling")
+        if speculator is not None:
+            timers.wrap(speculator, "propose", "drafting")
+    for owner, name in _draft_passes(drafter):
         timers.wrap(owner, name, "draft pass")
     return timers
 
