@@ -138,7 +138,7 @@ $(MEASURED:%=results-%) $(LONG:%=results-%) report: | $(READY) .venv/benchmarks
 	@touch $@
 
 results-kernels:
-	$(BENCH)/kernels.py --samples 12 --rounds 2
+	$(BENCH)/kernel_times.py --samples 12 --rounds 2
 
 results-overhead:
 	$(BENCH)/overhead.py --steps 30

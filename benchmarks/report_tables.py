@@ -257,7 +257,7 @@ def startup(found: Data) -> str:
 
 
 def kernels(found: Data) -> str:
-    """Of `kernels.py`: microseconds for a call, and how many times the kernel's that is."""
+    """Of `kernel_times.py`: microseconds for a call, and how many times the kernel's that is."""
     rows = [
         (row["kernel"], row["tokens"], row["side"], spread(row["us"]), spread(row["times_the_kernel"]))
         for row in found["rows"]

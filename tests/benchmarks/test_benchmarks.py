@@ -6,6 +6,7 @@ from pathlib import Path
 import conditions
 import engine
 import pytest
+from conftest import longer
 from grid import VLLM_METHODS, with_draft
 from serving import flags_of
 
@@ -67,6 +68,7 @@ def test_a_run_that_was_cut_off_keeps_results_until_the_job_or_the_commit_is_ano
     assert [number({"tokens": 2}), number({"tokens": 2})] == [4, 5]
 
 
+@longer
 @pytest.mark.engine
 def test_an_engine_in_processes_of_its_own_tells_its_conditions_counts_and_times():
     speculative = with_draft("tokentiming", 3, Path(engine.DRAFT), adaptive_length=False)

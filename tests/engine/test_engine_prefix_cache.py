@@ -106,7 +106,7 @@ def share_everything() -> dict:
     run.drafter.release_all()
     result["forgotten"] = run.report(prompts)
     result["salted"] = run.report(prompts[:1], write=_salted)
-    result["salts kept"] = len(engine.runner(run.llm).drafter.cache_salts)
+    result["salts kept"] = len(engine.proposer(run.llm).reader._cache_salts)
 
     small = {"max_model_len": 512, "kv_memory_gib": 23 * BLOCK_BYTES / 2**30}
     for kind, draft, arguments in (

@@ -1,9 +1,9 @@
 """Two published models, each as the draft of the other.
 
 One way round through `LLM`, eagerly and in float32, where greedy text has to be plain decoding's (the target with the
-smaller vocabulary, from which a CPU samples faster); the other way round through a server, compiled and in bfloat16, as
-users start it. `make test ALL=1` runs both in both ways, and `LLM`
-compiled and in bfloat16, too: each takes minutes.
+smaller vocabulary, from which a CPU samples faster); the other way round through a server, also so. `make test ALL=1`
+runs both in both ways, and compiled and in bfloat16, as users start them: each takes minutes. (The embedded pair is
+always started as users do, `test_engine_defaults.py`.)
 
 Two of vLLM's settings are never its defaults here, the size of a pass and the number of requests: vLLM runs and samples
 from the largest pass when it starts, and a processor without instructions for bfloat16 takes minutes for that.
@@ -16,7 +16,7 @@ import pytest
 from conftest import longer, published
 from engine_prompts import long_ids
 from near_ties import gaps
-from server import serving
+from server import EXACT, serving
 
 pytestmark = pytest.mark.engine
 
@@ -124,10 +124,11 @@ def test_proposals_are_accepted_and_nothing_fails(written):
 
 
 @pytest.mark.parametrize("pair", _ways((True, False)))
-def test_a_server_answers_and_counts(pair, tmp_path):
+@pytest.mark.parametrize("options", [pytest.param(EXACT, id="exact"), pytest.param((), id="as users", marks=longer)])
+def test_a_server_answers_and_counts(pair, options, tmp_path):
     target, draft = map(str, published(*pair))
     few = [part for name, value in FEW.items() for part in ("--" + name.replace("_", "-"), str(value))]
-    with serving(tmp_path / "log", *few, target=target, speculation=_speculation(draft)) as server:
+    with serving(tmp_path / "log", *options, *few, target=target, speculation=_speculation(draft)) as server:
         assert server.complete("The capital of France is", max_tokens=TOKENS)
         sampled = {"temperature": 0.8, "max_tokens": TOKENS, "extra_body": {"min_tokens": 8}}
         assert server.complete("Once upon a time", **sampled, stream=True)

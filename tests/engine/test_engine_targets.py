@@ -8,6 +8,7 @@ from typing import Any
 
 import engine
 import pytest
+from conftest import longer
 from engine_prompts import texts
 
 pytestmark = pytest.mark.engine
@@ -66,6 +67,7 @@ def with_experts(folder: str) -> dict:
     }
 
 
+@longer
 def test_a_target_with_experts_is_not_copied(tmp_path):
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -234,6 +236,7 @@ def with_sounds(folder: str) -> dict:
     }
 
 
+@longer
 def test_the_draft_reads_a_prompt_without_its_sounds(tmp_path):
     found = engine.in_fresh_process(with_sounds, folder=write_hearing_model(tmp_path / "hearing"))
     assert found["same"] and found["proposed"] > 0 and found["faults"] == 0

@@ -428,7 +428,7 @@ def test_the_list_for_upstream_has_every_patch_of_runner_v2_and_no_other(broken)
     assert listed_for_upstream("model runner V2") - {"rejection_sample"} == of_v2
 
 
-NUM_DRAWS, NUM_TOKENS, TEMPERATURE = 300, 8, 0.5
+NUM_DRAWS, NUM_TOKENS, TEMPERATURE = 200, 8, 0.25
 
 
 def verify_one_token(scaled: bool) -> list[int]:

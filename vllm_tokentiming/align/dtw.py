@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 try:
-    from vllm_tokentiming.align import _dtw, _spans
+    import vllm_tokentiming.align._dtw as _dtw
+    import vllm_tokentiming.align._spans as _spans
 except ImportError as error:
     raise ImportError(
         "The compiled kernels of vllm-tokentiming were not built for this Python: "

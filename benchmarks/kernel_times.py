@@ -12,7 +12,7 @@ Every side's answer is compared with the kernel's before it is timed. Times are 
 time of the thread; all sides of a sample are timed in turns, and the ratios are of times taken next to each other:
 medians with quartiles.
 
-    python benchmarks/kernels.py --data DATA      # needs rapidfuzz and dtw-python
+    python benchmarks/kernel_times.py --data DATA      # needs rapidfuzz and dtw-python
 
 DATA has `tokenizers/` and `corpus/` like the tests' (`TOKENTIMING_DATA`).
 """
@@ -37,7 +37,7 @@ from tokenizers import Tokenizer
 from vllm_tokentiming.align.dtw import span_blocks, warp
 from vllm_tokentiming.vocab.pair import Vocabulary
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
 import reference_alignment as reference
 
 PAIRS = [("llama3", "qwen2.5"), ("qwen2.5", "llama2"), ("llama2", "gpt2")]
