@@ -23,8 +23,9 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
-    # By default vLLM wants nine tenths of the memory, which a machine that does anything else does not have.
-    "VLLM_CPU_KVCACHE_SPACE": "1",
+    # By default vLLM wants nine tenths of the memory, which a machine that does anything else does not have. Less would
+    # not do for vLLM's TLI, whose cache of a target with sliding windows is as if it had none.
+    "VLLM_CPU_KVCACHE_SPACE": "4",
     # vLLM's n-gram proposer loads numba, whose pool of threads is also that of the target's kernels: without this,
     # its target runs on more threads than that of the other methods. One is what the proposer asks numba for.
     "NUMBA_NUM_THREADS": "1",
