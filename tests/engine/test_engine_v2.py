@@ -7,18 +7,29 @@ runners (drafting, alignment, probabilities) is tested on V1.
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import engine
 import numpy as np
 import pytest
+from conftest import longer
 from engine_prompts import long_ids, texts
 from test_engine_patches import AT_START, CHOICE, listed_for_upstream
 
 pytestmark = pytest.mark.engine
 
 MAX_LEN, MAX_TOKENS, FEW = 256, 8, 4
-STRATEGIES = ("slem", "tli")
+# By name: the draft's settings, and the engine's.
+WAYS: dict[str, tuple[dict, dict]] = {
+    "tokentiming": ({}, {}),
+    "one at a time": ({}, {"max_num_seqs": 1}),
+    "chunks and caches": ({}, {"max_num_batched_tokens": 64, "enable_prefix_caching": True, "block_size": 32}),
+    "slem": ({"strategy": "slem"}, {}),
+    "tli": ({"strategy": "tli"}, {}),
+}
+# To the runner, the other strategies are no different.
+USUAL = tuple(name for name in WAYS if os.environ.get("TOKENTIMING_ALL") or name not in ("slem", "tli"))
 GRAMMAR = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 
 
@@ -93,12 +104,8 @@ def write_everything() -> dict:
     found: dict = {"plain": write(plain), "logprobs": {"plain": logprobs(plain)}}
     found |= {"counters": {}, "runner": {}, "known": {}}
     del plain
-    for name, draft, arguments in (
-        ("tokentiming", {}, {}),
-        *((strategy, {"strategy": strategy}, {}) for strategy in STRATEGIES),
-        ("one at a time", {}, {"max_num_seqs": 1}),
-        ("chunks and caches", {}, {"max_num_batched_tokens": 64, "enable_prefix_caching": True, "block_size": 32}),
-    ):
+    for name in USUAL:
+        draft, arguments = WAYS[name]
         llm = start(draft, **arguments)
         found[name] = write(llm, 1 if name == "tokentiming" else 4)
         if name == "tokentiming":
@@ -116,10 +123,10 @@ def written():
     return engine.in_fresh_process(write_everything, on_v2=True)
 
 
-WAYS = pytest.mark.parametrize("way", ["tokentiming", *STRATEGIES, "one at a time", "chunks and caches"])
+EACH_WAY = pytest.mark.parametrize("way", [pytest.param(name, marks=() if name in USUAL else longer) for name in WAYS])
 
 
-@WAYS
+@EACH_WAY
 def test_greedy_output_is_plain_decodings(written, way):
     every = len(written["plain"]["texts"]) // len(written[way]["texts"])
     assert every <= 4
@@ -130,7 +137,7 @@ def test_a_seeded_request_writes_beside_others_what_it_writes_alone(written):
     assert written["sampled"]["together"] == written["sampled"]["alone"]
 
 
-@WAYS
+@EACH_WAY
 def test_proposals_are_accepted_on_runner_v2_without_a_fault(written, way):
     counters = written["counters"][way]
     assert written["runner"][way] == "vllm.v1.worker.gpu.model_runner"
@@ -138,12 +145,12 @@ def test_proposals_are_accepted_on_runner_v2_without_a_fault(written, way):
     assert counters["faults"] == 0
 
 
-@WAYS
+@EACH_WAY
 def test_logprobs_are_plain_decodings(written, way):
     assert written["logprobs"][way] == written["logprobs"]["plain"]
 
 
-@WAYS
+@EACH_WAY
 def test_requests_that_ended_are_forgotten(written, way):
     assert written["known"][way] <= 1  # vLLM tells of an end in the next step.
 
@@ -201,8 +208,6 @@ def test_what_ended_holds_nothing_of_the_drafts_cache(preempted):
 
 def write_asynchronously() -> dict:
     """In a fresh process: an engine that schedules a step before it knows what the one before has sampled."""
-    import os
-
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -292,8 +297,6 @@ def _digests(q: Any) -> list[list[float]]:
 
 def record(temperature: float) -> list[dict]:
     """In a fresh process, on either runner: what is drafted for a batch."""
-    import os
-
     os.environ["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"
     llm = start({"enable_prefix_caching": False})
     recorder = Recorder(engine.proposer(llm))
