@@ -75,8 +75,8 @@ def _spoilt_stages() -> tuple[Any, str, Any]:
 
 def _failing_stages() -> tuple[Any, str, Any]:
     # Each of vLLM's model runners has its own way to call it.
-    runner = "runner_v2" if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" else "runner_v1"
-    module = importlib.import_module(f"vllm_tokentiming.vllm.{runner}")
+    caller = "verifier_v2" if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" else "runner_v1"
+    module = importlib.import_module(f"vllm_tokentiming.vllm.{caller}")
     original, calls = module.verify_stages, itertools.count()
 
     def verify_stages(*arguments: Any) -> None:

@@ -444,22 +444,22 @@ def verify_one_token(scaled: bool) -> list[int]:
     from vllm.v1.worker.gpu.spec_decode import rejection_sampler
 
     from vllm_tokentiming.drafter import Proposals
-    from vllm_tokentiming.vllm import faults, runner_v2
+    from vllm_tokentiming.vllm import faults, verifier_v2
 
     class Proposer:
         guard = faults.FaultGuard(lambda: "", lambda: None)
 
-    runner_v2.install()
+    verifier_v2.install()
     rng = torch.Generator().manual_seed(1)
     p, q = one_token_distributions()
     cpu, slots = torch.device("cpu"), torch.randperm(NUM_DRAWS, generator=rng)
     proposed_ids = torch.multinomial(q, NUM_DRAWS, replacement=True, generator=rng)
-    kept = runner_v2.ProposalsBySlot(Proposer, NUM_DRAWS, cpu)
+    kept = verifier_v2.ProposalsBySlot(Proposer, NUM_DRAWS, cpu)
     names = [str(i) for i in range(NUM_DRAWS)]
     given = Proposals([[i] for i in proposed_ids.tolist()], q.expand(NUM_DRAWS, 1, NUM_TOKENS).clone(), names)
     kept.put(slots.tolist(), names, given)
     if not scaled:
-        kept.logits = lambda slots, _: runner_v2.ProposalsBySlot.logits(kept, slots, torch.ones(NUM_DRAWS))
+        kept.logits = lambda slots, _: verifier_v2.ProposalsBySlot.logits(kept, slots, torch.ones(NUM_DRAWS))
     places = torch.arange(2 * NUM_DRAWS)
     sampled, _ = rejection_sampler.rejection_sample(
         p.log().expand(2 * NUM_DRAWS, NUM_TOKENS).contiguous(),

@@ -122,8 +122,10 @@ OTHERS_IN_MODULE = {
     ("proposer", "snapshot"),
     ("runner_v1", "before"), ("runner_v1", "proposals"), ("runner_v1", "read"),
     *(("runner_v2", name) for name in (
-        "_propose_signature", "before", "by_request", "call", "first_places", "on_host", "places", "proposals",
-        "proposed_ids", "q", "temperatures", "wanted",
+        "_propose_signature", "on_host", "proposals", "wanted",
+    )),
+    *(("verifier_v2", name) for name in (
+        "before", "by_request", "call", "first_places", "places", "proposals", "proposed_ids", "q", "temperatures",
     )),
 }  # fmt: skip
 # Arguments that a function takes by `**kwargs`, and what reads them.
