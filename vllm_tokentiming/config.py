@@ -20,6 +20,8 @@ ATTRIBUTE = "tokentiming_settings"
 
 # Keys of vLLM's own speculative configuration that mean the same here.
 _VLLM_KEYS = frozenset({"num_speculative_tokens", "rejection_sample_method"})
+# How proposals may be verified, the default first: in blocks (``verify/block.py``), or one by one.
+VERIFICATIONS = ("block", "standard")
 # vLLM's ways to verify that accept what they should not.
 _INEXACT = frozenset({"synthetic", "fly"})
 # Most ids in a draft vocabulary: they pass through float32, which holds no larger integer exactly.
@@ -161,7 +163,7 @@ class TokenTimingConfig(BaseModel):
 
 
 def check_verification(method: str, settings: TokenTimingConfig) -> None:
-    """Refuse a way to verify that is not exact, or that would not be what the user asked for.
+    """Refuse a way to verify that is not exact, or that we do not know.
 
     Args:
         method: vLLM's ``rejection_sample_method``.
@@ -170,7 +172,7 @@ def check_verification(method: str, settings: TokenTimingConfig) -> None:
     Raises:
         SettingsError: It is one.
     """
-    if method == "standard" or (method in _INEXACT and settings.allow_inexact):
+    if method in VERIFICATIONS or (method in _INEXACT and settings.allow_inexact):
         return
     if method in _INEXACT:
         raise SettingsError(
@@ -178,8 +180,8 @@ def check_verification(method: str, settings: TokenTimingConfig) -> None:
             'leave it out, or set "allow_inexact" to true if you want to compare the two.'
         )
     raise SettingsError(
-        f'tokentiming cannot verify with the "rejection_sample_method" {method!r}: vLLM\'s model runner for plugins '
-        'would verify token by token instead; leave it out, or set it to "standard".'
+        f'tokentiming does not know the "rejection_sample_method" {method!r}; leave it out, or set it to "block" or '
+        '"standard".'
     )
 
 

@@ -49,12 +49,19 @@ class Proposals:
         q_request_ids: The requests that ``q`` has rows for: all that have proposals.
         stages: By request and position: of the proposals that are verified in stages; without them, their ``q`` does
             not count.
+        uniforms: By request: of those whose proposals are verified in blocks, a random number for each proposal.
     """
 
     target_ids: list[list[int]]
     q: torch.Tensor | None = None
     q_request_ids: list[str] = field(default_factory=list)
     stages: dict[tuple[str, int], list[Stage]] = field(default_factory=dict)
+    uniforms: dict[str, list[float]] = field(default_factory=dict)
+
+    def stages_of(self, request_id: str, number: int) -> dict[int, list[Stage]]:
+        """Return the stages of a request's first ``number`` proposals, by position."""
+        places = ((position, (request_id, position)) for position in range(number))
+        return {position: self.stages[place] for position, place in places if place in self.stages}
 
 
 class Drafter:
@@ -193,7 +200,8 @@ class Drafter:
         self.counts.staged += len(probs.stages)
         request_ids = [batch[draft.index].request_id for draft in drafts]
         stages = {(request_ids[row], position): found for (row, position), found in probs.stages.items()}
-        return Proposals(target_ids, probs.q, request_ids, stages)
+        numbers = {request_ids[row]: found for row, found in probs.uniforms.items()}
+        return Proposals(target_ids, probs.q, request_ids, stages, numbers)
 
     def _chains(self, batch: Sequence[RequestSnapshot], requests: Sequence[DraftSequence]) -> dict[int, Chain]:
         """Return a chain for each request that could draft, by its place in the batch."""

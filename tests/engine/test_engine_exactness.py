@@ -18,7 +18,7 @@ import pytest
 pytestmark = pytest.mark.engine
 
 FAMILY_LEVEL = 1e-4
-NUM_SAMPLINGS = 9  # Of the settings that are exact, all together.
+NUM_SAMPLINGS = 10  # Of the settings that are exact, all together.
 EXACT = {
     "tokentiming": 16_000,
     "mixed batch": 3_000,
@@ -26,11 +26,13 @@ EXACT = {
     "tli": 4_000,
     "seeded requests, adaptive length": 2_000,
     "penalties": 3_000,
-    "stages that fail": 3_000,
+    "verified one by one": 3_000,
+    "verification that fails": 3_000,
 }
 CONTROLS = {
     "control: tokentiming-paper": 16_000,
     "control: wrong temperature": 12_000,
+    "control: wrong acceptance of blocks": 12_000,
 }
 ACCEPTANCE_OUTPUTS = 4_000
 BATCH = 16

@@ -135,7 +135,7 @@ def test_other_methods_are_left_alone(front_end):
         ({"max_draft_tokens": "many"}, ("max_draft_tokens is 'many'", "integer")),
         ({"num_speculative_tokens": 0}, ('"num_speculative_tokens"', "4 to 8")),
         ({"rejection_sample_method": "synthetic"}, ("'synthetic'", "leave it out", '"allow_inexact"')),
-        ({"rejection_sample_method": "block"}, ("'block'", "would verify token by token instead", "leave it out")),
+        ({"rejection_sample_method": "blocks"}, ("'blocks'", "leave it out", '"block"', '"standard"')),
         ({"special_tokens": {"<no>": None}}, ("special_tokens", "'<no>' is not a special token of the")),
     ],
 )  # fmt: skip
@@ -143,10 +143,18 @@ def test_a_setting_that_cannot_work_is_refused(front_end, settings, parts):
     _refused(front_end, engine.speculation(**settings), *parts)
 
 
-def test_a_way_to_verify_that_is_not_done_is_refused_in_the_other_form_as_well(front_end):
-    given = CUSTOM | {"rejection_sample_method": "block"}
+def test_an_unknown_way_to_verify_is_refused_in_the_other_form_as_well(front_end):
+    given = CUSTOM | {"rejection_sample_method": "blocks"}
     settings = {"tokentiming": {"model": engine.DRAFT}}
-    _refused(front_end, given, "'block'", "would verify token by token instead", additional_config=settings)
+    _refused(front_end, given, "'blocks'", "leave it out", additional_config=settings)
+
+
+@pytest.mark.parametrize("given", [engine.speculation(), CUSTOM])
+def test_proposals_are_verified_in_blocks_unless_the_user_wants_them_one_by_one(front_end, given):
+    settings = {} if given is not CUSTOM else {"additional_config": {"tokentiming": {"model": engine.DRAFT}}}
+    for wanted, method in ({}, "block"), ({"rejection_sample_method": "standard"}, "standard"):
+        config = front_end(given | wanted, **settings)
+        assert config.speculative_config.rejection_sample_method == method
 
 
 def test_a_worker_without_our_entry_point_refuses_what_the_front_end_would_have(front_end):
@@ -154,8 +162,8 @@ def test_a_worker_without_our_entry_point_refuses_what_the_front_end_would_have(
     from vllm_tokentiming.config import SettingsError
 
     config = front_end(dict(CUSTOM), additional_config={"tokentiming": {"model": engine.DRAFT}})
-    config.speculative_config.rejection_sample_method = "block"
-    with pytest.raises(SettingsError, match="'block': vLLM's model runner"):
+    config.speculative_config.rejection_sample_method = "blocks"
+    with pytest.raises(SettingsError, match="does not know the \"rejection_sample_method\" 'blocks'"):
         TokenTimingProposer(config)
 
 

@@ -23,9 +23,9 @@ WHEN = ("before", "after")
 # What is called in our part of a step's sampling, and around it: owner and name.
 INNER = (
     ("vllm.runner_v1", "", "_drop_padding"),
-    ("vllm.runner_v1", "", "_stages"),
+    ("vllm.runner_v1", "", "_requests"),
     ("vllm.runner_v1", "", "_to_verify"),
-    ("vllm.runner_v1", "", "verify_stages"),
+    ("vllm.runner_v1", "", "left_to_verify"),
     ("vllm.runner_v1", "", "_read"),
     ("vllm.compat", "", "without_padding"),
     ("vllm.compat", "", "cache_salts"),

@@ -362,8 +362,7 @@ INNER = (
     ("ProposalsBySlot", "put"),
     ("ProposalsBySlot", "withdraw"),
     ("ProposalsBySlot", "without_fillers"),
-    ("ProposalsBySlot", "logits"),
-    ("ProposalsBySlot", "verify_stages"),
+    ("ProposalsBySlot", "left_to_verify"),
 )
 IN_START = ("init_speculator", "GPUModelRunner.load_model")
 
@@ -434,11 +433,12 @@ def test_the_list_for_upstream_has_every_patch_of_runner_v2_and_no_other(broken)
 NUM_DRAWS, NUM_TOKENS, TEMPERATURE = 200, 8, 0.25
 
 
-def verify_one_token(scaled: bool) -> list[int]:
+def verify_one_token(scaled: bool, in_blocks: bool) -> list[int]:
     """In a fresh process: how often the verifier emits each token, for one proposal of each of many requests.
 
     Args:
         scaled: Whether it gets `log q * T`, as it has to, and not `log q`.
+        in_blocks: Whether we decide about the proposals.
     """
     import torch
     from vllm.v1.worker.gpu.spec_decode import rejection_sampler
@@ -457,9 +457,11 @@ def verify_one_token(scaled: bool) -> list[int]:
     kept = verifier_v2.ProposalsBySlot(Proposer, NUM_DRAWS, cpu)
     names = [str(i) for i in range(NUM_DRAWS)]
     given = Proposals([[i] for i in proposed_ids.tolist()], q.expand(NUM_DRAWS, 1, NUM_TOKENS).clone(), names)
+    if in_blocks:
+        given.uniforms.update((name, torch.rand(1, generator=rng).tolist()) for name in names)
     kept.put(slots.tolist(), names, given)
     if not scaled:
-        kept.logits = lambda slots, _: verifier_v2.ProposalsBySlot.logits(kept, slots, torch.ones(NUM_DRAWS))
+        kept._q.pow_(1 / TEMPERATURE)
     places = torch.arange(2 * NUM_DRAWS)
     sampled, _ = rejection_sampler.rejection_sample(
         p.log().expand(2 * NUM_DRAWS, NUM_TOKENS).contiguous(),
@@ -487,9 +489,9 @@ def one_token_distributions() -> tuple[Any, Any]:
     return p / p.sum(), q / q.sum()
 
 
-@pytest.mark.parametrize("scaled", [True, False])
-def test_the_verifier_emits_the_targets_distribution_of_what_was_drawn_from_q(scaled):
-    counts = np.array(engine.in_fresh_process(verify_one_token, on_v2=True, scaled=scaled))
+@pytest.mark.parametrize(("scaled", "in_blocks"), [(True, False), (True, True), (False, False)])
+def test_the_verifier_emits_the_targets_distribution_of_what_was_drawn_from_q(scaled, in_blocks):
+    counts = np.array(engine.in_fresh_process(verify_one_token, on_v2=True, scaled=scaled, in_blocks=in_blocks))
     expected = one_token_distributions()[0].double().numpy() * NUM_DRAWS
     statistic = float(((counts - expected) ** 2 / expected).sum())
     # The 99.99 % point of chi-squared with 7 degrees of freedom; the wrong scale is the control, which is caught.

@@ -15,7 +15,7 @@ from vllm_tokentiming.draft.length import Chain, FixedLength, History
 from vllm_tokentiming.draft.sampling import DraftSampling
 from vllm_tokentiming.transfer.proposals import ProposalBuilder
 from vllm_tokentiming.transfer.state import DraftState
-from vllm_tokentiming.verify import verify_stages
+from vllm_tokentiming.verify.step import ToVerify, left_to_verify
 
 sampler = pytest.importorskip("vllm.v1.sample.ops.topk_topp_sampler")  # Whose waits are counted, too.
 
@@ -41,7 +41,7 @@ class Written:
 
 
 def write(pair, strategy, kinds, device, pieces=False, accelerator=None):
-    """One step of drafting from random logits, and the verification of its stages."""
+    """One step of drafting from random logits, and the verification of its first request."""
     transducer = Transducer(pair, one_to_one=strategy == "tli")
     builder = ProposalBuilder(
         pair, transducer, strategy,
@@ -71,14 +71,13 @@ def write(pair, strategy, kinds, device, pieces=False, accelerator=None):
             break
     builder.finish_step(drafts)
     verified = []
-    if builder.probs.stages:
-        assert builder.probs.q is not None
-        proposed = [*drafts[0].proposed_ids, 0, 0, 0][:PROPOSALS]
+    if builder.probs.q is not None:
         of_first = {position: stages for (row, position), stages in builder.probs.stages.items() if row == 0}
+        request = ToVerify(drafts[0].proposed_ids, 0, 0, of_first, builder.probs.uniforms.get(0, []))
         logits = torch.randn(PROPOSALS, pair.target.token_bytes.size, generator=torch.Generator().manual_seed(99))
-        rows = [logits.to(device), builder.probs.q[0].clone()]
-        verify_stages(*rows, torch.tensor(proposed, device=device), of_first)
-        verified = [fetch(row).clone() for row in rows]
+        q = builder.probs.q[0].clone()
+        rows = left_to_verify(logits.to(device), q, [request])
+        verified = [fetch(row).clone() for row in (*rows, q)]
     q = None if builder.probs.q is None else fetch(builder.probs.q)
     return Written([draft.proposed_ids for draft in drafts], q, verified, len(builder.probs.stages), waits, expected)
 

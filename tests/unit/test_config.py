@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from vllm_tokentiming.config import (
     PROPOSER,
+    VERIFICATIONS,
     SettingsError,
     TokenTimingConfig,
     check_verification,
@@ -236,12 +237,11 @@ def test_the_rejection_method_is_vllms():
     [
         ("synthetic", False, '"allow_inexact"'),
         ("fly", False, '"allow_inexact"'),
-        ("block", False, "would verify token by token instead"),
-        ("block", True, "would verify token by token instead"),
-        ("what is not known yet", True, 'set it to "standard"'),
+        ("what is not known yet", False, 'set it to "block" or "standard"'),
+        ("what is not known yet", True, 'set it to "block" or "standard"'),
     ],
 )
-def test_a_way_to_verify_that_is_not_done_is_refused(method, allow_inexact, part):
+def test_a_way_to_verify_that_is_not_exact_or_not_known_is_refused(method, allow_inexact, part):
     settings = TokenTimingConfig.parse({"model": "some/draft", "allow_inexact": allow_inexact})
     with pytest.raises(SettingsError) as caught:
         check_verification(method, settings)
@@ -250,7 +250,8 @@ def test_a_way_to_verify_that_is_not_done_is_refused(method, allow_inexact, part
 
 
 def test_a_way_to_verify_that_is_done_is_accepted():
-    check_verification("standard", TokenTimingConfig.parse({"model": "some/draft"}))
+    for method in VERIFICATIONS:
+        check_verification(method, TokenTimingConfig.parse({"model": "some/draft"}))
     check_verification("fly", TokenTimingConfig.parse({"model": "some/draft", "allow_inexact": True}))
 
 

@@ -5,7 +5,7 @@ proposals are rejected. So the draft's law is multiplied by the share of the tok
 ends are also ends of target tokens. That is a choice of ``Q`` like any other, so exactness does not depend on it.
 
 Pieces of characters are left alone: they wait for each other and are verified in stages, against all target tokens
-that they may become (``verify.py``).
+that they may become (``verify/stages.py``).
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ pending what each draft token emits is a fixed table.
 
 **Why at once.** A proposal is worth as much as its law ``q`` resembles the target's. Waiting for more draft tokens
 makes the proposal depend on its own first pieces, so that it has to be verified in stages, piece by piece
-(``verify.py``), each of which costs a pass. Inside a character there is no choice, and ``waits`` says which target
-tokens each of its beginnings stands for.
+(``verify/stages.py``), each of which costs a pass. Inside a character there is no choice, and ``waits`` says which
+target tokens each of its beginnings stands for.
 
 **The same vocabulary on both sides.** Every draft token is then the target token of the same id, also one that ends
 inside a character: the draft writes such a token where the target would, too. So nothing waits, and ``q`` is ``Q``.

@@ -1,7 +1,8 @@
 """How a sampled request's draft is drawn: the parameters, and the random numbers.
 
 A draw uses one uniform number, which depends on the request's seed, the position in the target's text, and the pass
-alone: not on the batch, not on the rank, and not on the generator that the target samples with.
+alone: not on the batch, not on the rank, and not on the generator that the target samples with. So does the
+verification of blocks (``verify/block.py``), with numbers of its own.
 """
 
 from __future__ import annotations
@@ -38,13 +39,19 @@ def seed_of(request_id: str, seed: int | None, draft_seed: int = 0) -> int:
     return int.from_bytes(hashlib.blake2b(f"tokentiming draft {text}".encode(), digest_size=8).digest(), "little")
 
 
-def uniforms(seed: int, position: int, number: int) -> list[float]:
-    """Return ``number`` uniform numbers in [0, 1), one for each pass of a step that begins at a position.
+def uniforms(seed: int, position: int, number: int, purpose: bytes = b"") -> list[float]:
+    """Return uniform numbers in [0, 1) for a step that begins at a position.
 
     A hash of where they belong: setting numpy's Philox up for so few of them takes several times as long.
+
+    Args:
+        seed: Of the request.
+        position: The number of target tokens before the step.
+        number: How many.
+        purpose: Sets numbers apart that must be independent. Without one, they are for the passes of the draft.
     """
     numbers: list[float] = []
     for block in range(-(-number // 8)):
-        words = _WORDS.unpack(hashlib.blake2b(b"%d %d %d" % (seed, position, block)).digest())
+        words = _WORDS.unpack(hashlib.blake2b(b"%d %d %d%b" % (seed, position, block, purpose)).digest())
         numbers += [(word >> 11) * 2.0**-53 for word in words]
     return numbers[:number]

@@ -70,6 +70,7 @@ class ProposalBuilder:
         max_q_bytes: int,
         length: FixedLength,
         truncate: Truncate,
+        verify_blocks: bool = True,
         log_prior: npt.NDArray[np.float64] | None = None,
     ) -> None:
         """Choose a strategy.
@@ -87,6 +88,7 @@ class ProposalBuilder:
                 one-hot ``q``.
             length: Decides whether a token is proposed.
             truncate: Cuts off what top-k and top-p leave out (``draft/distribution.py``).
+            verify_blocks: Whether drawn proposals are verified in blocks, or one by one.
             log_prior: ``[draft size]``, the logarithm of the alignment prior, to some power.
 
         Raises:
@@ -110,6 +112,7 @@ class ProposalBuilder:
             log_prior=None if log_prior is None else torch.from_numpy(log_prior[:draft_size]).float().to(device),
         )
         self._max_draft_tokens = max_draft_tokens
+        self._verify_blocks = verify_blocks
         self._shape = (num_proposals, target_size)
         # Twice: vLLM copies the rows that it verifies.
         self.max_rows = max_q_bytes // (2 * 4 * num_proposals * target_size)
@@ -138,6 +141,8 @@ class ProposalBuilder:
                 draft.draw.sampling = None
             elif sampling:
                 draft.draw.uniforms = uniforms(sampling.seed, draft.position, self._max_draft_tokens)
+                if self._verify_blocks:
+                    self.probs.uniforms[row] = uniforms(sampling.seed, draft.position, self._shape[0], b" blocks")
             draft.emission = self._strategy.start(draft, self.probs)
         if any(draft.draw.sampling for draft in drafts):
             self.probs.q = torch.zeros(len(drafts), *self._shape, device=self._device)

@@ -5,7 +5,7 @@ on everything that decided about it before. So ``q`` is the distribution of the 
 token is drawn from ``Q``:
 
 - the first token of an emission: ``Q`` pushed through ``first``; what is missing to 1 is the probability that all bytes
-  stay pending, and then the draw is a stage of a later proposal's verification (``verify.py``);
+  stay pending, and then the draw is a stage of a later proposal's verification (``verify/stages.py``);
 - a later one: ``Q``, restricted to the draft tokens whose emission begins with what was already proposed and goes on,
   and renormalised;
 - with bytes pending, the emissions are not in a table, so the candidates that ``Q`` was pruned to are pushed through

@@ -1,6 +1,6 @@
 """The draws of a draft that a proposal came from, where a target token is spelled in several.
 
-``verify.py`` verifies them.
+``verify/stages.py`` verifies them.
 """
 
 from __future__ import annotations

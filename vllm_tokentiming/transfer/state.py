@@ -20,10 +20,13 @@ class ProposalProbs:
     Attributes:
         q: ``[drafts, num_proposals, target size] float32`` if any draft draws; ``None`` if all proposals are one-hot.
         stages: By row of ``q`` and position, the stages of each proposal whose ``q`` counts in the last stage alone.
+        uniforms: By row of ``q``, the random numbers that its proposals are verified with as blocks; none for proposals
+            that are verified one by one.
     """
 
     q: torch.Tensor | None = None
     stages: dict[tuple[int, int], list[Stage]] = field(default_factory=dict)
+    uniforms: dict[int, list[float]] = field(default_factory=dict)
 
     @property
     def rows(self) -> torch.Tensor:

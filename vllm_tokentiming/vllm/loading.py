@@ -100,6 +100,7 @@ def load_drafter(
         max_q_bytes=int(settings.q_memory_gib * (1 << 30)) if takes_q else 0,
         length=length,
         truncate=apply_top_k_top_p,
+        verify_blocks=vllm_config.speculative_config.rejection_sample_method == "block",
         log_prior=_log_prior(settings, pair, model),
     )
     max_num_seqs = vllm_config.scheduler_config.max_num_seqs

@@ -14,6 +14,7 @@ from vllm_tokentiming.config import (
     ATTRIBUTE,
     METHOD,
     PROPOSER,
+    VERIFICATIONS,
     SettingsError,
     TokenTimingConfig,
     check_num_speculative_tokens,
@@ -73,7 +74,7 @@ def _create_speculative_config(
     if given is None:
         return original(engine_args, target_model_config, target_parallel_config)
     vllm_part, settings = _split(given, engine_args)
-    verification = str(vllm_part.get("rejection_sample_method", "standard"))
+    verification = str(vllm_part.setdefault("rejection_sample_method", VERIFICATIONS[0]))
     number = vllm_part["num_speculative_tokens"]
     _refuse_early(settings, verification, target_model_config, target_parallel_config, number, engine_args)
     show_in_front_end(target_parallel_config.data_parallel_size)

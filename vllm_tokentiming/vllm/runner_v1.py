@@ -8,7 +8,7 @@ when each can go:
 - ``profile_run``: makes the draft's largest step while vLLM measures memory.
 - ``_input_fits_in_drafter``: one long request must not stop the drafting of the whole batch.
 - ``_sample``: removes padding from the proposals, and skips the rejection sampler if nothing was proposed.
-- ``rejection_sample``: verifies all stages of a proposal but the last (``verify.py``).
+- ``rejection_sample``: verifies blocks of proposals, and all stages of a proposal but the last (``verify/``).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from vllm.config import VllmConfig
 from vllm_tokentiming.draft.batch import RequestSnapshot
 from vllm_tokentiming.tensors import upload
 from vllm_tokentiming.transfer.stages import Stage
-from vllm_tokentiming.verify import verify_stages
+from vllm_tokentiming.verify.step import ToVerify, left_to_verify
 from vllm_tokentiming.vllm import compat, patches
 from vllm_tokentiming.vllm.proposer import TokenTimingProposer
 from vllm_tokentiming.vllm.requests import KnownRequest, known_request
@@ -204,8 +205,8 @@ def _input_fits_in_drafter(fits: Any, runner: Any, common_attn_metadata: Any) ->
     return fits(runner, common_attn_metadata)
 
 
-# In the step that is being sampled, if it verifies any in stages: the proposer, and what `_stages` gives.
-_staged: ContextVar[tuple[Any, dict[int, list[Stage]]] | None] = ContextVar("tokentiming_staged", default=None)
+# In the step that is being sampled, if its proposals have probabilities: the proposer, and what `_requests` gives.
+_verifying: ContextVar[tuple[Any, list[_Request]] | None] = ContextVar("tokentiming_verifying", default=None)
 
 
 def _sample(sample: Any, runner: Any, logits: Any, spec_decode_metadata: Any) -> Any:
@@ -217,23 +218,23 @@ def _sample(sample: Any, runner: Any, logits: Any, spec_decode_metadata: Any) ->
         to_verify = _to_verify(runner, logits, spec_decode_metadata)
     if to_verify is None:
         return _target_alone(sample, None, runner, logits, spec_decode_metadata)
-    logits, spec_decode_metadata, stages = to_verify
-    before = _staged.set((drafter, stages) if stages else None)
+    logits, spec_decode_metadata, requests = to_verify
+    before = _verifying.set((drafter, requests) if requests else None)
     try:
         return sample(runner, logits, spec_decode_metadata)
     finally:
-        _staged.reset(before)
+        _verifying.reset(before)
 
 
-def _to_verify(runner: Any, logits: Any, metadata: Any) -> tuple[Any, Any, dict[int, list[Stage]]]:
-    """Return the logits and metadata that ``_sample`` verifies in a step, and the stages by row."""
+def _to_verify(runner: Any, logits: Any, metadata: Any) -> tuple[Any, Any, list[_Request]]:
+    """Return the logits and metadata that ``_sample`` verifies in a step, and what we decide about before."""
     num_proposed = _drop_padding(runner, len(metadata.num_draft_tokens))
     if num_proposed is not None and num_proposed != list(metadata.num_draft_tokens):
         logits, metadata = compat.without_padding(logits, metadata, num_proposed)
     # With nothing to verify, the rejection sampler does what the sampler does, in more steps.
     if not any(metadata.num_draft_tokens):
-        return logits, None, {}
-    return logits, metadata, _stages(runner, metadata.num_draft_tokens)
+        return logits, None, []
+    return logits, metadata, _requests(runner, metadata.num_draft_tokens)
 
 
 def _target_alone(sample: Any, _fault: Exception | None, runner: Any, logits: Any, spec_decode_metadata: Any) -> Any:
@@ -265,22 +266,24 @@ def _verifier() -> inspect.Signature:
 
 
 def _rejection_sample(verify: Any, *args: Any, **kwargs: Any) -> Any:
-    staged = _staged.get()
-    if staged is None:
+    verifying = _verifying.get()
+    if verifying is None:
         return verify(*args, **kwargs)
-    drafter, stages = staged
+    drafter, requests = verifying
     call = _verifier().bind(*args, **kwargs).arguments
     logits, q = call["target_logits"], call["draft_probs"]
     if q is None:
         return verify(**call)
-    rows = upload(list(stages), logits.device)
-    before = logits[rows]
     call["draft_probs"] = None  # If this fails, all is verified as one-hot, which is exact as well.
+    left = None
     with drafter.guard("verify"):
-        verify_stages(logits, q, call["draft_token_ids"], stages)
+        target_ids = call["draft_token_ids"].tolist()
+        rows, left = left_to_verify(logits, q, [request.to_verify(target_ids) for request in requests])
+        before = logits[rows]
         call["draft_probs"] = q
-    if call["draft_probs"] is None:
-        logits[rows] = before
+    if left is None or not len(left):
+        return verify(**call)
+    logits[rows] = left
     try:
         return verify(**call)
     finally:
@@ -288,22 +291,39 @@ def _rejection_sample(verify: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _one_hot(verify: Any, _fault: Exception, *args: Any, **kwargs: Any) -> Any:
-    """Verify a step after a fault: as one-hot if it has stages, without which their ``q`` does not count."""
+    """Verify a step after a fault: as one-hot if it is one of ours, of which ``q`` may have been overwritten."""
     call = _verifier().bind(*args, **kwargs).arguments
-    if _staged.get() is not None:
+    if _verifying.get() is not None:
         call["draft_probs"] = None
     return verify(**call)
 
 
-def _stages(runner: Any, num_proposed: list[int]) -> dict[int, list[Stage]]:
-    """Return the stages of a step's proposals that have any, by their rows in the rejection sampler."""
-    stages, row, found = runner.drafter.proposals.stages, 0, {}
-    if not stages:
-        return {}
+class _Request(NamedTuple):
+    """Proposals of a request about which we decide before vLLM, from a row of the rejection sampler on."""
+
+    row: int
+    number: int
+    stages: dict[int, list[Stage]]
+    uniforms: list[float]
+
+    def to_verify(self, target_ids: Sequence[int]) -> ToVerify:
+        """Return them, with all ids of the step, which are negative where there is no proposal."""
+        mine = list(
+            itertools.takewhile(lambda target_id: target_id >= 0, target_ids[self.row : self.row + self.number])
+        )
+        stages = {position: found for position, found in self.stages.items() if position < len(mine)}
+        return ToVerify(mine, self.row, self.row, stages, self.uniforms[: len(mine)])
+
+
+def _requests(runner: Any, num_proposed: list[int]) -> list[_Request]:
+    """Return what we decide about in a step."""
+    proposals, row, found = runner.drafter.proposals, 0, []
+    if proposals.q is None:
+        return []
     for request_id, number in zip(runner.input_batch.req_ids, num_proposed, strict=False):
-        for position in range(number):
-            if (request_id, position) in stages:
-                found[row + position] = stages[request_id, position]
+        stages, uniforms = proposals.stages_of(request_id, number), proposals.uniforms.get(request_id, [])
+        if number and (stages or uniforms):
+            found.append(_Request(row, number, stages, uniforms))
         row += number
     return found
 

@@ -1,21 +1,25 @@
-"""The verifier of vLLM's model runner V2: our probabilities as the logits that it wants, and stages before it.
+"""The verifier of vLLM's model runner V2: our probabilities as the logits that it wants, blocks and stages before it.
 
-vLLM's ``rejection_sample`` is ours for our method alone. It gets the proposals by request slot (``ProposalsBySlot``),
-and all stages of a proposal but the last are verified before it (``verify.py``).
+vLLM's ``rejection_sample`` is ours for our method alone. It gets the proposals by request slot (``ProposalsBySlot``).
+Blocks of proposals, and all stages of a proposal but the last, are verified before it (``verify/``).
+
+V2 has a block verification of its own, which is not used: it hashes its random numbers from the seed and the position,
+and looks at those of refused positions, which the next step verifies again with the same numbers.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
 
 from vllm_tokentiming.drafter import Proposals
 from vllm_tokentiming.tensors import upload
-from vllm_tokentiming.verify import verify_stages
+from vllm_tokentiming.verify.step import ToVerify, left_to_verify
 from vllm_tokentiming.vllm import patches
 from vllm_tokentiming.vllm.proposer import TokenTimingProposer
 
@@ -45,11 +49,12 @@ class ProposalsBySlot:
         self._numbers = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self._rows = self._no_rows()
         self._q: torch.Tensor | None = None
-        self._stages: Mapping[tuple[int, int], Any] = {}
+        self._stages: dict[int, dict[int, Any]] = {}  # By slot and position.
+        self._uniforms: dict[int, list[float]] = {}
 
     def forget(self) -> None:
         """Free the probabilities, which have been verified."""
-        self._q, self._stages = None, {}
+        self._q, self._stages, self._uniforms = None, {}, {}
 
     def put(self, slots: Sequence[int], request_ids: Sequence[str], proposals: Proposals) -> None:
         """Take the proposals of a step.
@@ -61,13 +66,18 @@ class ProposalsBySlot:
         """
         numbers = [len(target_ids) for target_ids in proposals.target_ids]
         self._numbers[upload(slots, self._device)] = upload(numbers, self._device, torch.int32)
-        self._q, self._stages = proposals.q, {}
+        self.forget()
+        self._q = proposals.q
         if proposals.q is not None:
             slot_of = dict(zip(request_ids, slots, strict=True))
             with_q = [slot_of[request_id] for request_id in proposals.q_request_ids]
             self._rows = self._no_rows()
             self._rows[upload(with_q, self._device)] = torch.arange(len(with_q), device=self._device)
-            self._stages = {(slot_of[name], position): found for (name, position), found in proposals.stages.items()}
+            number_of = dict(zip(request_ids, numbers, strict=True))
+            self._stages = {
+                slot_of[name]: proposals.stages_of(name, number_of[name]) for name in proposals.q_request_ids
+            }
+            self._uniforms = {slot_of[name]: found for name, found in proposals.uniforms.items()}
 
     def withdraw(self, slot: int) -> None:
         """Forget the proposals of a slot that has another request now."""
@@ -92,66 +102,38 @@ class ProposalsBySlot:
             fillers |= self._rows[slots] < 0
         return proposed_ids.masked_fill(fillers, -1)
 
-    def logits(self, slots: torch.Tensor, temperatures: torch.Tensor) -> torch.Tensor | None:
-        """Return the draft's logits that the verifier wants.
+    def left_to_verify(
+        self, target_logits: torch.Tensor, proposed_ids: torch.Tensor, first_places: torch.Tensor, slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Decide about proposals before the verifier does, and say what is left to it.
 
         Args:
+            target_logits: ``[logits, target vocabulary] float32``. Not changed.
+            proposed_ids: ``[logits]``, -1 where there is no proposal.
+            first_places: ``[requests]``, where each request begins in the logits.
             slots: ``[requests]``.
-            temperatures: ``[requests]``, 0 for greedy requests, whose logits are not read.
 
         Returns:
-            ``[requests, proposals, target vocabulary] float32``, the logarithms of the probabilities that the proposals
-            were drawn with, times the temperature, which the verifier divides by. ``None`` if all are one-hot.
+            ``[requests, proposals, target vocabulary] float32``, the probabilities that the proposals were drawn with,
+            or that are left of them; rows of ``target_logits``; and what has to stand there. ``None`` if all proposals
+            are one-hot.
         """
         if self._q is None:
             return None
         q = self._q[self._rows[slots].clamp(min=0)]
-        scale = torch.where(temperatures > 0, temperatures, torch.ones_like(temperatures))
-        return q.log_().mul_(scale[:, None, None])
-
-    def verify_stages(
-        self,
-        target_logits: torch.Tensor,
-        draft_logits: torch.Tensor,
-        proposed_ids: torch.Tensor,
-        first_places: torch.Tensor,
-        slots: torch.Tensor,
-        temperatures: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Verify all stages of proposals but the last, and say what is left to verify.
-
-        Args:
-            target_logits: ``[logits, target vocabulary] float32``.
-            draft_logits: As ``logits`` returns them; changed to what is left to verify.
-            proposed_ids: ``[logits]``, -1 where there is no proposal.
-            first_places: ``[requests]``, where each request begins in the logits.
-            slots: ``[requests]``.
-            temperatures: ``[requests]``.
-
-        Returns:
-            Rows of ``target_logits``, and what is left to verify there; ``None`` if no proposal has stages.
-        """
-        if not self._stages:
-            return None
         layout = torch.stack([first_places.long(), slots.long()]).tolist()
         proposed = proposed_ids.tolist()
         ends = [*layout[0][1:], len(proposed)]
-        places: list[tuple[int, int, int]] = []  # Rows of the target's logits, requests, positions.
-        stages = {}
+        requests = []
         for index, (first, slot, end) in enumerate(zip(*layout, ends, strict=True)):
-            for position in range(end - first - 1):
-                found = self._stages.get((slot, position))
-                if found is not None and proposed[first + position + 1] >= 0:
-                    stages[len(places)] = found
-                    places.append((first + position, index, position))
-        if not places:
-            return None
-        rows, requests, positions = (upload(column, self._device) for column in zip(*places, strict=True))
-        p = target_logits[rows]
-        q = torch.zeros_like(p)
-        verify_stages(p, q, proposed_ids[rows + 1], stages)
-        draft_logits[requests, positions] = q.log_().mul_(temperatures[requests].unsqueeze(1))
-        return rows, p
+            # The entry of a request at place `i` is its proposal `i - 1`.
+            target_ids = list(takewhile(lambda target_id: target_id >= 0, proposed[first + 1 : end]))
+            number = len(target_ids)
+            stages = {at: found for at, found in self._stages.get(slot, {}).items() if at < number}
+            uniforms = self._uniforms.get(slot, [])[:number]
+            if number and (stages or uniforms):
+                requests.append(ToVerify(target_ids, first, index * q.shape[1], stages, uniforms))
+        return q, *left_to_verify(target_logits, q.flatten(0, 1), requests)
 
     def _no_rows(self) -> torch.Tensor:
         return torch.full((self._max_num_reqs,), -1, dtype=torch.int64, device=self._device)
@@ -181,6 +163,7 @@ def _rejection_sample(verify: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(proposals, ProposalsBySlot):
         return verify(*args, **kwargs)
     call["draft_logits"] = None  # If what follows fails, all is verified as one-hot, which is exact as well.
+    call["use_block_verification"] = False
     target_logits, slots = call["target_logits"], call["idx_mapping"].long()
     left = None
     with proposals.guard("verify"):
@@ -189,28 +172,28 @@ def _rejection_sample(verify: Any, *args: Any, **kwargs: Any) -> Any:
             given, call["expanded_idx_mapping"].long(), call["expanded_local_pos"]
         )
         first_places = call["cu_num_logits"][:-1].long()
-        temperatures = call["temperature"][slots]
-        draft_logits = proposals.logits(slots, temperatures)
-        if draft_logits is not None:
-            staged = proposals.verify_stages(
-                target_logits, draft_logits, call["draft_sampled"], first_places, slots, temperatures
-            )
-            # The verifier finds draft logits, temperatures and seeds by one index, and our logits are by request.
+        found = proposals.left_to_verify(target_logits, call["draft_sampled"], first_places, slots)
+        if found is not None:
+            q, *for_target = found
+            temperatures = call["temperature"][slots]
+            # The verifier divides by the temperature. It does not read the logits of greedy requests.
+            scale = torch.where(temperatures > 0, temperatures, torch.ones_like(temperatures))
+            # It finds draft logits, temperatures and seeds by one index, and our logits are by request.
             by_request = torch.arange(len(slots), dtype=call["idx_mapping"].dtype, device=slots.device)
             lengths = call["cu_num_logits"].diff().long()
             call.update(
-                draft_logits=draft_logits,
+                draft_logits=q.log_().mul_(scale[:, None, None]),
                 temperature=temperatures,
                 seed=call["seed"][slots],
                 idx_mapping=by_request,
                 expanded_idx_mapping=by_request.repeat_interleave(lengths, output_size=len(target_logits)),
             )
-            left = staged  # Last: the target's logits may change only if nothing has failed.
+            left = for_target  # Last: the target's logits may change only if nothing has failed.
     if left is None:
         return verify(**call)
-    rows, conditioned = left
+    rows, logits = left
     before = target_logits[rows]
-    target_logits[rows] = conditioned
+    target_logits[rows] = logits
     try:
         return verify(**call)
     finally:
@@ -221,5 +204,5 @@ def _one_hot(verify: Any, _fault: Exception, *args: Any, **kwargs: Any) -> Any:
     """Verify a step after a fault as one-hot: exact, whatever the proposals were drawn with."""
     call = _verifier().bind(*args, **kwargs).arguments
     if isinstance(call["draft_logits"], ProposalsBySlot):
-        call["draft_logits"] = None
+        call.update(draft_logits=None, use_block_verification=False)
     return verify(**call)

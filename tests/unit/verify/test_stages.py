@@ -17,7 +17,7 @@ from vllm_tokentiming.draft.sampling import DraftSampling
 from vllm_tokentiming.transfer.proposals import ProposalBuilder
 from vllm_tokentiming.transfer.stages import Groups, Stage
 from vllm_tokentiming.transfer.state import DraftState
-from vllm_tokentiming.verify import resolve_stages, verify_stages
+from vllm_tokentiming.verify.stages import StagedProposal, resolve_stages, verify_stages
 
 SIZE = 9
 
@@ -125,10 +125,10 @@ def test_rows_without_stages_stay_as_they_are():
     groups = Groups.of(Waits((b"\xe4",), np.arange(3), np.zeros(3, int)), torch.device("cpu"))
     stages = [Stage(groups, torch.full((SIZE,), 0.05), torch.tensor([0.55]))]
     new_logits, new_q = logits.clone(), q.clone()
-    verify_stages(new_logits, new_q, torch.tensor([1, 5, 2]), {1: stages})
-    for row in (0, 2):
-        assert torch.equal(new_logits[row], logits[row]) and torch.equal(new_q[row], q[row])
-    assert not torch.equal(new_q[1], q[1])
+    rows, left = verify_stages(new_logits, new_q, [StagedProposal(5, 1, 1, stages)])
+    assert rows == [1] and left.shape == logits[rows].shape
+    assert torch.equal(new_logits, logits)
+    assert torch.equal(new_q[[0, 2]], q[[0, 2]]) and not torch.equal(new_q[1], q[1])
 
 
 PAIRS = [EMBEDDED, ("qwen2.5", "llama2"), ("llama3", "gpt2"), ("llama2", "qwen2.5")]

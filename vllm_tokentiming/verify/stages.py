@@ -21,7 +21,8 @@ Random numbers come from the request's seed, apart from those that the draft is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -71,20 +72,39 @@ def resolve_stages(
     return p, alone
 
 
+@dataclass(frozen=True)
+class StagedProposal:
+    """A proposal that is verified in stages.
+
+    Attributes:
+        target_id: The proposal.
+        target_row: Its row of the target's logits.
+        q_row: Its row of ``q``.
+        stages: Of its drafting, in order.
+    """
+
+    target_id: int
+    target_row: int
+    q_row: int
+    stages: Sequence[Stage]
+
+
 def verify_stages(
-    target_logits: torch.Tensor, q: torch.Tensor, proposed_ids: torch.Tensor, staged: Mapping[int, Sequence[Stage]]
-) -> None:
-    """Verify all stages but the last of a batch's proposals, and leave the rejection sampler what is left to verify.
+    target_logits: torch.Tensor, q: torch.Tensor, proposals: Sequence[StagedProposal]
+) -> tuple[list[int], torch.Tensor]:
+    """Verify all stages of proposals but the last, and leave the rejection sampler what is left to verify.
 
     Args:
-        target_logits: ``[proposals, target size] float32``, as the request shapes them; rows with stages are
-            overwritten. (Copies of both would take gigabytes for large batches and vocabularies.)
-        q: ``[proposals, target size] float32``; so its rows.
-        proposed_ids: ``[proposals]``.
-        staged: The stages of proposals that have any, by row.
+        target_logits: ``[*, target size] float32``, as the requests shape them. Not changed.
+        q: ``[*, target size] float32``; the rows of the proposals are overwritten.
+        proposals: The proposals; at least one.
+
+    Returns:
+        Their rows of ``target_logits``, and ``[rows, target size] float32``, the logits that are left there.
     """
-    proposed = proposed_ids.tolist()
-    for row, stages in staged.items():
-        probs = target_logits[row].softmax(-1, dtype=torch.float32)
-        p, q[row] = resolve_stages(probs, proposed[row], stages)
-        target_logits[row] = p.log()
+    left = []
+    for proposal in proposals:
+        probs = target_logits[proposal.target_row].softmax(-1, dtype=torch.float32)
+        p, q[proposal.q_row] = resolve_stages(probs, proposal.target_id, proposal.stages)
+        left.append(p.log())
+    return [proposal.target_row for proposal in proposals], torch.stack(left)

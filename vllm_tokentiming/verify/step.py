@@ -1,0 +1,79 @@
+"""The proposals of one step: what is decided about them here, and what is left to vLLM's rejection sampler.
+
+Proposals that are drafted in one draw are verified in blocks (``block.py``), one after the other where the user wants
+that. A proposal that is drafted in several draws is verified in stages (``stages.py``), alone: blocks end before it and
+begin after it. The rejection sampler goes through all of them in order, so a block counts only if what is before it is
+accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_tokentiming.transfer.stages import Stage
+from vllm_tokentiming.verify.block import Block, verify_blocks
+from vllm_tokentiming.verify.stages import StagedProposal, verify_stages
+
+
+@dataclass(frozen=True)
+class ToVerify:
+    """The proposals of one request.
+
+    Attributes:
+        target_ids: The proposals.
+        target_row: The row of the target's logits for the first of them; those of the others follow.
+        q_row: The same for ``q``.
+        stages: By position, of proposals that have any.
+        uniforms: A random number in [0, 1) for each proposal, or none to leave all but stages to the rejection sampler.
+    """
+
+    target_ids: Sequence[int]
+    target_row: int
+    q_row: int
+    stages: Mapping[int, Sequence[Stage]]
+    uniforms: Sequence[float] = ()
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield the blocks: what stands between proposals with stages."""
+        if not self.uniforms:
+            return
+        ends = sorted({*self.stages, len(self.target_ids)})
+        for start, end in zip([0, *(end + 1 for end in ends)], ends, strict=False):
+            if start < end:
+                yield Block(
+                    self.target_ids[start:end],
+                    self.target_row + start,
+                    self.q_row + start,
+                    self.uniforms[start:end],
+                )
+
+    def staged(self) -> Iterator[StagedProposal]:
+        """Yield the proposals with stages."""
+        for position, stages in self.stages.items():
+            yield StagedProposal(self.target_ids[position], self.target_row + position, self.q_row + position, stages)
+
+
+def left_to_verify(
+    target_logits: torch.Tensor, q: torch.Tensor, requests: Sequence[ToVerify]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decide about proposals, and leave the rejection sampler what is left.
+
+    Args:
+        target_logits: ``[*, target size] float32``, as the requests shape them. Not changed.
+        q: ``[*, target size] float32``; rows of proposals that were decided about are overwritten.
+        requests: The proposals.
+
+    Returns:
+        Rows of ``target_logits``, ``[rows] int64``, and what has to stand there, ``[rows, target size] float32``.
+        (Copies of all would take gigabytes for large batches and vocabularies.)
+    """
+    staged = [proposal for request in requests for proposal in request.staged()]
+    blocks = [block for request in requests for block in request.blocks()]
+    found = [verify_stages(target_logits, q, staged)] if staged else []
+    found += [verify_blocks(target_logits, q, blocks)] if blocks else []
+    rows = [row for rows, _ in found for row in rows]
+    logits = torch.cat([logits for _, logits in found]) if found else target_logits[:0]
+    return torch.tensor(rows, dtype=torch.int64).to(target_logits.device), logits
