@@ -67,5 +67,7 @@ def _step(model: DraftModel, builder: ProposalBuilder, spans: list[Span], num_pr
     builder.append_tokens(drafts, logits[:number])
     builder.finish_step(drafts)
     q = builder.probs.q
-    verified = None if q is None else q.clone()  # As vLLM copies it.
-    del verified
+    if q is not None:
+        # As vLLM copies it, and as its verification takes the target's probabilities of the same positions.
+        verified = [q.clone(), q.softmax(-1)]
+        del verified

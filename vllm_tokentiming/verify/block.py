@@ -27,6 +27,7 @@ import torch
 from vllm_tokentiming.tensors import upload
 
 _MAX_LOGITS = 1 << 24  # Worked on at once, as in ``transfer/proposals.py``.
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass
@@ -107,87 +108,81 @@ def verify_blocks(
         that the rejection sampler is to see there. They have no probability for the proposal, which is surely refused,
         and else that of the residual.
     """
-    target_probs = _start(target_logits, q, blocks)
-    _add_residual_masses(target_logits, q, blocks)
+    probs = target_logits.softmax(-1)  # Not more than vLLM's sampler takes for the same, a moment later.
+    probs_of_proposals = _start(probs, q, blocks)
+    _add_residual_masses(probs, q, blocks)
     accepted: list[tuple[int, int, float]] = []
-    refused: list[tuple[int, int, int, float]] = []
+    refused: list[tuple[int, int, float]] = []
+    refused_ids: list[int] = []
     first = 0
     for block in blocks:
         number = block.num_accepted()
-        probs = target_probs[first : first + len(block.target_ids)]
-        accepted += zip(block.q_rows[:number], block.target_ids[:number], probs[:number], strict=True)
+        mine = probs_of_proposals[first : first + number]
+        accepted += zip(block.q_rows[:number], block.target_ids[:number], mine, strict=True)
         if number < len(block.target_ids):
-            rows = block.target_rows[number], block.q_rows[number]
-            refused.append((*rows, block.target_ids[number], block.prefix_ratios[number]))
+            refused.append((block.target_rows[number], block.q_rows[number], block.prefix_ratios[number]))
+            refused_ids.append(block.target_ids[number])
         first += len(block.target_ids)
-    left = _residuals(target_logits, q, refused)
-    _make_one_hot(q, [(q_row, target_id, 1.0) for _, q_row, target_id, _ in refused])
+    rows = [row for row, *_ in refused]
+    left = _residual_logits(probs, q, refused, refused_ids) if refused else target_logits[:0]
+    _make_one_hot(q, [(q_row, target_id, 1.0) for (_, q_row, _), target_id in zip(refused, refused_ids, strict=True)])
     _make_one_hot(q, [(q_row, target_id, prob / 2) for q_row, target_id, prob in accepted])
-    return [row for row, *_ in refused], left
+    return rows, left
 
 
-def _start(target_logits: torch.Tensor, q: torch.Tensor, blocks: Sequence[Block]) -> list[float]:
+def _start(probs: torch.Tensor, q: torch.Tensor, blocks: Sequence[Block]) -> list[float]:
     """Start all blocks, and return the target's probabilities of all proposals."""
-    device = target_logits.device
-    target_rows = upload([row for block in blocks for row in block.target_rows], device)
-    q_rows = upload([row for block in blocks for row in block.q_rows], device)
-    target_ids = upload([target_id for block in blocks for target_id in block.target_ids], device)
-    normalizers = torch.cat([target_logits[rows].logsumexp(-1) for rows in _chunks(target_rows, target_logits)])
-    target_probs = (target_logits[target_rows, target_ids] - normalizers).exp()
-    target_list, q_list = torch.stack([target_probs, q[q_rows, target_ids]]).tolist()
+    device = probs.device
+    places = [
+        place for block in blocks for place in zip(block.target_rows, block.q_rows, block.target_ids, strict=True)
+    ]
+    target_rows, q_rows, target_ids = upload(places, device).unbind(1)
+    of_target, of_draft = torch.stack([probs[target_rows, target_ids], q[q_rows, target_ids]]).tolist()
     # What the draft could not have drawn is not accepted.
-    ratios = [p / q if q > 0 and p > 0 else 0.0 for p, q in zip(target_list, q_list, strict=True)]
+    ratios = [p / q if q > 0 and p > 0 else 0.0 for p, q in zip(of_target, of_draft, strict=True)]
     first = 0
     for block in blocks:
         block.residual_masses = dict.fromkeys(block.start(ratios[first : first + len(block.target_ids)]), 0.0)
         first += len(block.target_ids)
-    found: list[float] = target_list
+    found: list[float] = of_target
     return found
 
 
-def _add_residual_masses(target_logits: torch.Tensor, q: torch.Tensor, blocks: Sequence[Block]) -> None:
+def _add_residual_masses(probs: torch.Tensor, q: torch.Tensor, blocks: Sequence[Block]) -> None:
     places = [(block, i) for block in blocks for i in block.residual_masses]
     rows = [(block.target_rows[i], block.q_rows[i], block.prefix_ratios[i]) for block, i in places]
     if not rows:
         return
-    masses = torch.cat([left.sum(-1) for left in _left(target_logits, q, rows)]).tolist()
+    masses = torch.cat([residuals.sum(-1) for residuals in _residuals(probs, q, rows)]).tolist()
     for (block, i), mass in zip(places, masses, strict=True):
         block.residual_masses[i] = mass
 
 
-def _residuals(
-    target_logits: torch.Tensor, q: torch.Tensor, refused: Sequence[tuple[int, int, int, float]]
+def _residual_logits(
+    probs: torch.Tensor, q: torch.Tensor, rows: Sequence[tuple[int, int, float]], refused_ids: Sequence[int]
 ) -> torch.Tensor:
-    """Return the logits of what is drawn in the place of refused proposals.
-
-    Args:
-        target_logits: See ``verify_blocks``.
-        q: See there.
-        refused: For each, the rows of the target's logits and of ``q``, the proposal, and the prefix ratio before it.
-    """
-    if not refused:
-        return target_logits[:0]
-    device = target_logits.device
-    rows = [(target_row, q_row, ratio) for target_row, q_row, _, ratio in refused]
-    left = torch.cat(list(_left(target_logits, q, rows)))
-    # There is none by the definition, but for rounding.
-    left[torch.arange(len(refused), device=device), upload([target_id for *_, target_id, _ in refused], device)] = 0
-    logits = left.log_()
-    nothing = logits.isneginf().all(-1, keepdim=True)  # By rounding alone.
-    return torch.where(nothing, target_logits[upload([row for row, *_ in refused], device)], logits)
+    """Return ``[n, target size]``, the logits of what is drawn in the place of refused proposals."""
+    device = probs.device
+    left = torch.cat(list(_residuals(probs, q, rows)))
+    # The proposal has none by the definition; so this is rounding.
+    left[torch.arange(len(rows), device=device), upload(refused_ids, device)] = 0
+    for i in (left.sum(-1) <= 0).nonzero().flatten().tolist():  # By rounding alone.
+        left[i] = probs[rows[i][0]]
+    # The logarithm of 0 would be right, and takes ten times as long on CPUs.
+    return left.clamp(min=_TINY).log_().masked_fill_(left < _TINY, float("-inf"))
 
 
-def _left(
-    target_logits: torch.Tensor, q: torch.Tensor, rows: Sequence[tuple[int, int, float]]
-) -> Iterator[torch.Tensor]:
-    """Yield ``(p M - q)^+`` for rows of ``M``, of ``q``, and ``p``."""
-    device = target_logits.device
+def _residuals(probs: torch.Tensor, q: torch.Tensor, rows: Sequence[tuple[int, int, float]]) -> Iterator[torch.Tensor]:
+    """Yield ``(p M - q)^+`` for rows of ``M``, of ``q``, and ``p``, several at a time."""
+    device = probs.device
     indices = upload([(target_row, q_row) for target_row, q_row, _ in rows], device)
     ratios = upload([ratio for *_, ratio in rows], device)
-    for part in _chunks(torch.arange(len(rows), device=device), target_logits):
-        target_rows, q_rows = indices[part].unbind(1)
-        probs = target_logits[target_rows].softmax(-1)
-        yield probs.mul_(ratios[part, None]).sub_(q[q_rows]).clamp_(min=0)
+    number = max(1, _MAX_LOGITS // probs.shape[1])
+    for first in range(0, len(rows), number):
+        target_rows, q_rows = indices[first : first + number].unbind(1)
+        scale = ratios[first : first + number, None]
+        # On CPUs, indexing takes eight times as long.
+        yield probs.index_select(0, target_rows).mul_(scale).sub_(q.index_select(0, q_rows)).clamp_(min=0)
 
 
 def _make_one_hot(q: torch.Tensor, places: Sequence[tuple[int, int, float]]) -> None:
@@ -197,10 +192,6 @@ def _make_one_hot(q: torch.Tensor, places: Sequence[tuple[int, int, float]]) -> 
     rows = upload([row for row, *_ in places], q.device)
     target_ids = upload([target_id for _, target_id, _ in places], q.device)
     probs = upload([prob for *_, prob in places], q.device)
-    q[rows] = 0
+    q.index_fill_(0, rows, 0)
     q[rows, target_ids] = probs
     q[rows, (target_ids + 1) % q.shape[1]] = 1 - probs
-
-
-def _chunks(rows: torch.Tensor, logits: torch.Tensor) -> list[torch.Tensor]:
-    return list(torch.split(rows, max(1, _MAX_LOGITS // logits.shape[1])))
