@@ -46,7 +46,7 @@ def jobs(tokenizer: Any) -> dict[str, tuple[list, list]]:
     greedy = engine.greedy(MAX_TOKENS)
     several = {"prompt_token_ids": [315, 272, 1104]}
     return {
-        "texts": (prompts[::6][:32], [greedy] * 32),
+        "texts": (prompts[::12][:16], [greedy] * 16),
         "up to the last position": (
             [long_ids(tokenizer, MAX_LEN - left, first=10 * left) for left in (1, 2, 5, 7)],
             [engine.greedy(left + 10) for left in (1, 2, 5, 7)],
@@ -295,24 +295,30 @@ def _digests(q: Any) -> list[list[float]]:
     return [[float(row @ weights) for row in of_request.numpy()] for of_request in q]
 
 
-def record(temperature: float) -> list[dict]:
-    """In a fresh process, on either runner: what is drafted for a batch."""
+def record(drawn: list[dict]) -> dict[str, list[dict]]:
+    """In a fresh process, on either runner: what is drafted for a greedy batch, and a sampled one.
+
+    Args:
+        drawn: Steps with snapshots of a sampled batch. If there are any, drafting is done for them, and not for a batch
+            of its own, which would be another one: the runners sample differently.
+    """
     os.environ["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"
     llm = start({"enable_prefix_caching": False})
     recorder = Recorder(engine.proposer(llm))
-    wanted = engine.greedy(MAX_TOKENS, **({"temperature": temperature, "seed": 7} if temperature else {}))
-    engine.generate(llm, texts(None)[::9][:12], wanted)
-    return recorder.steps
+    prompts = texts(None)[::9][:8]
+    engine.generate(llm, prompts, engine.greedy(MAX_TOKENS))
+    greedy, recorder.steps = recorder.steps, []
+    if drawn:
+        _replay(recorder, engine.proposer(llm), drawn)
+    else:
+        engine.generate(llm, prompts, engine.greedy(MAX_TOKENS, temperature=0.9, seed=7))
+    return {"greedy": greedy, "drawn": recorder.steps}
 
 
-def replay(steps: list[dict]) -> list[dict]:
-    """In a fresh process, on either runner: what is drafted for snapshots that another engine had."""
+def _replay(recorder: Recorder, proposer: Any, steps: list[dict]) -> None:
     from vllm_tokentiming.draft.batch import RequestSnapshot
     from vllm_tokentiming.draft.sampling import DraftSampling
 
-    llm = start({"enable_prefix_caching": False})  # With it, vLLM's process groups would go.
-    proposer = engine.proposer(llm)
-    recorder = Recorder(proposer)
     alive: set[str] = set()
     for step in steps:
         batch = []
@@ -325,7 +331,6 @@ def replay(steps: list[dict]) -> list[dict]:
         proposer.release(alive - names)
         alive = names
         recorder(functools.partial(list, batch), len(batch), 1)
-    return recorder.steps
 
 
 def _by_request(steps: list[dict]) -> dict[str, list]:
@@ -338,15 +343,20 @@ def _by_request(steps: list[dict]) -> dict[str, list]:
     return found
 
 
-def test_both_runners_describe_the_same_requests_and_propose_the_same_tokens():
-    on_v1, on_v2 = (engine.in_fresh_process(record, temperature=0.0, on_v2=on_v2) for on_v2 in (False, True))
+@pytest.fixture(scope="module")
+def recorded():
+    on_v2 = engine.in_fresh_process(record, on_v2=True, drawn=[])
+    return engine.in_fresh_process(record, drawn=on_v2["drawn"]), on_v2
+
+
+def test_both_runners_describe_the_same_requests_and_propose_the_same_tokens(recorded):
+    on_v1, on_v2 = (found["greedy"] for found in recorded)
     assert any(ids for steps in _by_request(on_v2).values() for _, ids in steps)
     assert _by_request(on_v2) == _by_request(on_v1)
 
 
-def test_both_runners_draw_the_same_proposals_with_the_same_probabilities():
-    drawn = engine.in_fresh_process(record, temperature=0.9, on_v2=True)
-    again = engine.in_fresh_process(replay, steps=drawn)
+def test_both_runners_draw_the_same_proposals_with_the_same_probabilities(recorded):
+    again, drawn = (found["drawn"] for found in recorded)
     assert sum(step["q"] is not None for step in drawn) > 5
     for left, right in zip(drawn, again, strict=True):
         assert left["target_ids"] == right["target_ids"]
