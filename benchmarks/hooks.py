@@ -31,7 +31,7 @@ def _spoilt_temperature() -> tuple[Any, str, Any]:
 
     def _draw(*arguments: Any) -> Any:
         probs, *drawn = original(*arguments)
-        flatter = probs**0.8
+        flatter = probs**0.7
         return flatter / flatter.sum(-1, keepdim=True), *drawn
 
     return DraftDistribution, "_draw", _draw

@@ -30,8 +30,8 @@ EXACT = {
     "verification that fails": 3_000,
 }
 CONTROLS = {
-    "control: tokentiming-paper": 16_000,
-    "control: wrong temperature": 12_000,
+    "control: tokentiming-paper": 4_000,
+    "control: wrong temperature": 8_000,
     "control: wrong acceptance of blocks": 12_000,
 }
 ACCEPTANCE_OUTPUTS = 4_000

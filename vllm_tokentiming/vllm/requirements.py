@@ -220,7 +220,7 @@ IN_V2 = (
         "vllm.v1.worker.gpu.spec_decode.rejection_sampler", "rejection_sample",
         takes=(
             "target_logits", "draft_logits", "draft_sampled", "cu_num_logits", "idx_mapping", "expanded_idx_mapping",
-            "expanded_local_pos", "temperature", "seed",
+            "expanded_local_pos", "temperature", "seed", "use_block_verification",
         ),
     ),
     Need(_SPECULATOR, "BaseSpeculator"),
@@ -229,7 +229,8 @@ IN_V2 = (
         takes=("input_batch", "num_sampled", "dummy_run", "is_profile", "num_speculative_tokens"),
     ),
     Need(
-        "vllm.v1.worker.gpu.input_batch", "InputBatch", has=("idx_mapping_np", "num_reqs", "num_tokens", "req_ids"),
+        "vllm.v1.worker.gpu.input_batch", "InputBatch",
+        has=("idx_mapping", "idx_mapping_np", "num_reqs", "num_tokens", "req_ids"),
     ),
     Need(
         "vllm.v1.worker.gpu.states", "RequestState",

@@ -275,13 +275,14 @@ def _rejection_sample(verify: Any, *args: Any, **kwargs: Any) -> Any:
     if q is None:
         return verify(**call)
     call["draft_probs"] = None  # If this fails, all is verified as one-hot, which is exact as well.
-    left = None
+    before = None
     with drafter.guard("verify"):
         target_ids = call["draft_token_ids"].tolist()
-        rows, left = left_to_verify(logits, q, [request.to_verify(target_ids) for request in requests])
-        before = logits[rows]
+        rows, left = left_to_verify(logits, q, [mine.to_verify(target_ids) for mine in requests])
+        kept = logits[rows]
         call["draft_probs"] = q
-    if left is None or not len(left):
+        before = kept  # Last: the target's logits may change only if nothing has failed.
+    if before is None:
         return verify(**call)
     logits[rows] = left
     try:
@@ -308,9 +309,8 @@ class _Request(NamedTuple):
 
     def to_verify(self, target_ids: Sequence[int]) -> ToVerify:
         """Return them, with all ids of the step, which are negative where there is no proposal."""
-        mine = list(
-            itertools.takewhile(lambda target_id: target_id >= 0, target_ids[self.row : self.row + self.number])
-        )
+        mine = target_ids[self.row : self.row + self.number]
+        mine = list(itertools.takewhile(lambda target_id: target_id >= 0, mine))
         stages = {position: found for position, found in self.stages.items() if position < len(mine)}
         return ToVerify(mine, self.row, self.row, stages, self.uniforms[: len(mine)])
 

@@ -140,16 +140,16 @@ class TokenTimingSpeculator(BaseSpeculator):  # type: ignore[misc]  # It is `Any
             return proposed
         wanted = _propose_parameters(input_batch, args, kwargs)
         self.draft_logits.forget()
-        slots = input_batch.idx_mapping_np.tolist()
         most = wanted.get("num_speculative_tokens")
         most = self.proposer.num_speculative_tokens if most is None else most
         proposals = self.proposer.propose_batch(
-            functools.partial(self._read, input_batch.req_ids, slots, wanted["num_sampled"], most),
+            functools.partial(self._read, input_batch, wanted["num_sampled"], most),
             num_requests,
             input_batch.num_tokens,
         )
         self._numbers = [0] * num_requests
         with self.proposer.guard():
+            slots = input_batch.idx_mapping_np[:num_requests].tolist()
             self.draft_logits.put(slots, input_batch.req_ids, proposals)
             self._numbers = [len(target_ids) for target_ids in proposals.target_ids]
             if (longest := max(self._numbers, default=0)) > 0:
@@ -169,13 +169,12 @@ class TokenTimingSpeculator(BaseSpeculator):  # type: ignore[misc]  # It is `Any
                 taken.draft_token_ids = [ids[:number] for ids, number in zip(found, self._numbers, strict=True)]
         return taken
 
-    def _read(
-        self, request_ids: Sequence[str], slots: Sequence[int], num_sampled: torch.Tensor, most: int
-    ) -> list[RequestSnapshot]:
+    def _read(self, input_batch: Any, num_sampled: torch.Tensor, most: int) -> list[RequestSnapshot]:
         """Describe the batch; waits for what the target has sampled."""
-        index = upload(slots, self._device)
+        num_requests = input_batch.num_reqs
+        slots = input_batch.idx_mapping[:num_requests].long()
         # The one wait of a step. After it, what the device has written into the host's memory is there, too.
-        sampled, num_target = torch.stack([num_sampled[: len(slots)], self._states.total_len.gpu[index]]).tolist()
+        sampled, num_target = torch.stack([num_sampled[:num_requests], self._states.total_len.gpu[slots]]).tolist()
         return [
             self._known[request_id].snapshot(
                 target_ids,
@@ -185,17 +184,17 @@ class TokenTimingSpeculator(BaseSpeculator):  # type: ignore[misc]  # It is `Any
                 max_len=self._max_len,
             )
             for request_id, target_ids, number, some in zip(
-                request_ids, self._target_ids(slots, index), num_target, sampled, strict=True
+                input_batch.req_ids, self._target_ids(input_batch, slots), num_target, sampled, strict=True
             )
         ]
 
-    def _target_ids(self, slots: Sequence[int], index: torch.Tensor) -> Sequence[npt.NDArray[np.int32]]:
-        """Return the tokens in some slots: vLLM's memory on the host, if they are there, else a copy."""
+    def _target_ids(self, input_batch: Any, slots: torch.Tensor) -> Sequence[npt.NDArray[np.int32]]:
+        """Return the tokens of the batch: vLLM's memory on the host, if they are there, else a copy."""
         all_token_ids = self._states.all_token_ids
         on_host = getattr(all_token_ids, "_uva_buf", None)
         if on_host is not None:
-            return [on_host.np[slot] for slot in slots]
-        return list(all_token_ids.gpu[index].cpu().numpy())
+            return [on_host.np[slot] for slot in input_batch.idx_mapping_np[: len(slots)]]
+        return list(all_token_ids.gpu[slots].cpu().numpy())
 
 
 @functools.cache

@@ -112,7 +112,7 @@ CONFIGS = {
 }  # fmt: skip
 # Ours, torch's, numpy's, Python's.
 OTHERS = {
-    "_WORDS", "_staged", "_verifier", "bonus", "committed", "costs", "counts", "cu_num_tokens", "device", "drafter",
+    "_WORDS", "_verifier", "_verifying", "bonus", "committed", "costs", "counts", "cu_num_tokens", "device", "drafter",
     "ends", "fault", "key", "known", "last", "lengths", "logits", "pair", "path", "prior", "probs", "proposer", "s",
     "self", "settings", "slots", "span", "table", "target_ids", "vocabulary", "where", "x", "other",
 }  # fmt: skip
@@ -120,7 +120,7 @@ OTHERS_IN_MODULE = {
     ("draft_model", "size"), ("plugin", "_OPTIONS"), ("proposer", "model"), ("refusals", "file"),
     ("compat", "found"), ("draft_config", "NO_TEXT"), ("vocabulary_loader", "store"), ("loading", "model"),
     ("proposer", "snapshot"),
-    ("runner_v1", "before"), ("runner_v1", "proposals"), ("runner_v1", "read"),
+    *(("runner_v1", name) for name in ("before", "call", "found", "mine", "proposals", "read")),
     *(("runner_v2", name) for name in (
         "_propose_signature", "on_host", "proposals", "wanted",
     )),
