@@ -31,7 +31,7 @@ EXACT = {
 }
 CONTROLS = {
     "control: tokentiming-paper": 4_000,
-    "control: wrong temperature": 8_000,
+    "control: wrong temperature": 5_000,
     "control: wrong acceptance of blocks": 12_000,
 }
 ACCEPTANCE_OUTPUTS = 4_000
