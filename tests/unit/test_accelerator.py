@@ -13,6 +13,7 @@ from vllm_tokentiming.align.transducer import Transducer
 from vllm_tokentiming.draft.distribution import DrawState
 from vllm_tokentiming.draft.length import Chain, FixedLength, History
 from vllm_tokentiming.draft.sampling import DraftSampling
+from vllm_tokentiming.tensors import add_at
 from vllm_tokentiming.transfer.proposals import ProposalBuilder
 from vllm_tokentiming.transfer.state import DraftState
 from vllm_tokentiming.verify.step import ToVerify, left_to_verify
@@ -105,3 +106,22 @@ def test_a_step_is_the_same_on_an_accelerator(strategy, kinds, embedded, monkeyp
 def test_a_step_with_stages_is_the_same_on_an_accelerator(embedded, monkeypatch):
     there = both(embedded.pair, "tokentiming", KINDS["sampled"], monkeypatch, pieces=True)
     assert there.staged and there.verified and there.waits == there.expected_waits
+
+
+def test_sums_on_an_accelerator_are_made_in_a_fixed_order_and_nothing_else_is():
+    seen = []
+
+    class Elsewhere:
+        device = DEVICE
+
+        def index_add_(self, *arguments):
+            seen.append(torch.are_deterministic_algorithms_enabled())
+            raise RuntimeError("it was made to fail")
+
+    for enabled in (False, True):
+        torch.use_deterministic_algorithms(enabled)
+        with pytest.raises(RuntimeError):
+            add_at(Elsewhere(), 0, None, None)
+        seen.append(torch.are_deterministic_algorithms_enabled())
+    torch.use_deterministic_algorithms(False)
+    assert seen == [True, False, True, True]

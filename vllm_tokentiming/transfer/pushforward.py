@@ -20,7 +20,7 @@ import torch
 
 from vllm_tokentiming.align.transducer import Transducer
 from vllm_tokentiming.draft.distribution import Candidates
-from vllm_tokentiming.tensors import upload
+from vllm_tokentiming.tensors import add_at, upload
 
 
 class PushForward:
@@ -56,7 +56,7 @@ class PushForward:
             ``[n, target size] float32``; what is missing to 1 stays pending.
         """
         q = probs.new_zeros(len(probs), self._target_size) if out is None else out
-        return q.index_add_(1, self._first, probs.index_fill(1, self._incomplete_ids, 0) if has_incomplete else probs)
+        return add_at(q, 1, self._first, probs.index_fill(1, self._incomplete_ids, 0) if has_incomplete else probs)
 
     def later_row(self, probs: torch.Tensor, emitted_ids: tuple[int, ...]) -> torch.Tensor:
         """Return the distribution of the next token of an emission that began with ``emitted_ids``, nothing pending.
@@ -79,4 +79,4 @@ class PushForward:
 
     def _row(self, target_ids: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
         q = torch.zeros(self._target_size, dtype=torch.float32, device=mass.device)
-        return q.index_add_(0, target_ids, mass.float()).div_(mass.sum())
+        return add_at(q, 0, target_ids, mass.float()).div_(mass.sum())

@@ -12,7 +12,7 @@ import torch
 
 from vllm_tokentiming.align.transducer import Transducer, Waits
 from vllm_tokentiming.draft.distribution import Candidates
-from vllm_tokentiming.tensors import upload
+from vllm_tokentiming.tensors import add_at, upload
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,8 @@ class StageBuilder:
             uniform: See ``Stage``.
         """
         groups = self._groups_of(b"")
-        waiting = torch.zeros(groups.number, device=probs.device).index_add_(
-            0, self._incomplete_groups, probs[self._incomplete_ids]
-        )
+        waiting = torch.zeros(groups.number, device=probs.device)
+        add_at(waiting, 0, self._incomplete_groups, probs[self._incomplete_ids])
         return Stage(groups, at_once, waiting, self._group(b"", left), uniform)
 
     def later_stage(self, candidates: Candidates, at_once: torch.Tensor, left: bytes | None, uniform: float) -> Stage:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_tokentiming.tensors import add_at
 from vllm_tokentiming.transfer.stages import Stage
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -52,7 +53,7 @@ def resolve_stages(
         target_ids, groups = stage.groups.target_ids, stage.groups.groups
         # Which outcome a target token belongs to may depend on the law of the draw, though not on what was drawn.
         mass = p[target_ids].masked_fill_(stage.at_once[target_ids] > 0, 0)
-        waiting = p.new_zeros(stage.groups.number).index_add_(0, groups, mass)
+        waiting = add_at(p.new_zeros(stage.groups.number), 0, groups, mass)
         if stage.drawn is not None and stage.drawn >= 0:
             share, drawn_with = torch.stack([waiting, stage.waiting])[:, stage.drawn].tolist()
             if share > 0 and stage.uniform * drawn_with < share:
