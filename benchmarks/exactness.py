@@ -74,42 +74,39 @@ class Setting:
     exact: bool = True
 
 
-PRIOR, NO_PRIOR = {"alignment_prior": 1.0}, {"alignment_prior": 0.0}
 ONE_BY_ONE = {"rejection_sample_method": "standard"}
 PAPER = {"strategy": "tokentiming-paper", "allow_inexact": True}
 MIXED = (Sampling(temperature=0), Sampling(temperature=0.5), Sampling(temperature=1.3, top_k=6))
 PENALTIES = Sampling(repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3)
 SETTINGS = (
     Setting("plain decoding", speculation=None),
-    Setting("tokentiming", speculation=PRIOR),
-    Setting("temperature 0.5", speculation=PRIOR, samplings=(Sampling(temperature=0.5),)),
-    Setting("temperature 1.3", speculation=PRIOR, samplings=(Sampling(temperature=1.3),)),
-    Setting("top-k", speculation=PRIOR, samplings=(Sampling(top_k=5),)),
-    Setting("top-p", speculation=PRIOR, samplings=(Sampling(top_p=0.8),)),
-    Setting("penalties", speculation=PRIOR, samplings=(PENALTIES,)),
-    Setting("mixed batch", speculation=PRIOR, samplings=MIXED),
-    Setting("seeded requests, adaptive length", speculation={**PRIOR, "adaptive_length": True}, seeded=True),
-    Setting("no prior", speculation=NO_PRIOR),
-    Setting("few draft tokens", speculation={**PRIOR, "max_draft_tokens": 2}),
-    Setting("verified one by one", speculation={**PRIOR, **ONE_BY_ONE}),
-    Setting("verification that fails", speculation=PRIOR, spoil="failing verification"),
-    Setting("lossy vocabularies", pair="small", speculation=PRIOR),
-    Setting("same vocabulary", pair="same", speculation=NO_PRIOR),
+    Setting("tokentiming"),
+    Setting("temperature 0.5", samplings=(Sampling(temperature=0.5),)),
+    Setting("temperature 1.3", samplings=(Sampling(temperature=1.3),)),
+    Setting("top-k", samplings=(Sampling(top_k=5),)),
+    Setting("top-p", samplings=(Sampling(top_p=0.8),)),
+    Setting("penalties", samplings=(PENALTIES,)),
+    Setting("mixed batch", samplings=MIXED),
+    Setting("seeded requests, adaptive length", speculation={"adaptive_length": True}, seeded=True),
+    Setting("few draft tokens", speculation={"max_draft_tokens": 2}),
+    Setting("verified one by one", speculation=ONE_BY_ONE),
+    Setting("verification that fails", spoil="failing verification"),
+    Setting("lossy vocabularies", pair="small"),
+    Setting("same vocabulary", pair="same"),
     Setting("tli", speculation={"strategy": "tli"}),
     Setting("slem", speculation={"strategy": "slem"}),
     Setting("control: tokentiming-paper", speculation=PAPER, exact=False),
-    Setting("control: wrong temperature", speculation=PRIOR, spoil="temperature", exact=False),
-    Setting("control: wrong later rows", speculation=PRIOR, spoil="later", exact=False),
-    Setting("control: wrong pending rows", speculation=PRIOR, spoil="pending", exact=False),
-    Setting("control: wrong stages", speculation=PRIOR, spoil="stages", exact=False),
-    Setting("control: wrong acceptance of blocks", speculation=PRIOR, spoil="acceptance", exact=False),
-    Setting("control: numbers of blocks used again", speculation=PRIOR, spoil="reused numbers", exact=False),
+    Setting("control: wrong temperature", spoil="temperature", exact=False),
+    Setting("control: wrong later rows", spoil="later", exact=False),
+    Setting("control: wrong pending rows", spoil="pending", exact=False),
+    Setting("control: wrong stages", spoil="stages", exact=False),
+    Setting("control: wrong acceptance of blocks", spoil="acceptance", exact=False),
+    Setting("control: numbers of blocks used again", spoil="reused numbers", exact=False),
 )
 QUICK = (
     "plain decoding",
     "tokentiming",
     "mixed batch",
-    "no prior",
     "tli",
     "slem",
     "control: wrong temperature",
@@ -264,7 +261,7 @@ def run(
     """
     samplings = sorted({sampling for s in chosen for sampling in s.samplings}, key=repr)
     differences = {name: law_against_vllm(pairs[name], samplings) for name in sorted({s.pair for s in chosen})}
-    with engine(pairs["full"], PRIOR, seed) as llm:
+    with engine(pairs["full"], {}, seed) as llm:
         prompt = prompt_ids(pairs["full"])
         refused = {
             "min_p": refusal(llm, prompt, min_p=0.1),

@@ -77,8 +77,6 @@ class TokenTimingConfig(BaseModel):
         strategy: How proposals are made: ``tokentiming``, or, for comparison, ``slem``, ``tli``, or
             ``tokentiming-paper``, which changes the distribution of sampled output (``transfer/proposals.py``).
         allow_inexact: Must be set for ``tokentiming-paper``, and for verification of vLLM's that is not exact.
-        alignment_prior: Power of the alignment prior (``prior.py``) in the draft's law; 0 for none. The draft writes a
-            sample text for it when the engine starts, which takes long, and what it brings depends on the pair.
         q_memory_gib: Most memory for proposal probabilities and the copy that vLLM verifies, in GiB; a step with
             more requests than fit is verified as one-hot (a request takes ``num_speculative_tokens`` times the target's
             vocabulary times 8 bytes).
@@ -107,7 +105,6 @@ class TokenTimingConfig(BaseModel):
     dtw_window: int = Field(8, ge=1)
     strategy: Literal["tokentiming", "slem", "tli", "tokentiming-paper"] = "tokentiming"
     allow_inexact: bool = False
-    alignment_prior: float = Field(0.0, ge=0)
     q_memory_gib: float = Field(1.0, ge=0)
     seed: int = 0
     own_chat_turns: bool = True

@@ -1,14 +1,14 @@
 """The draft's distribution ``Q``: everything that defines it, and the draws from it.
 
 The draft's logits enter here and do not come back. ``Q`` is the draft's next-token distribution at the request's
-temperature, with the request's top-k, top-p and min-p, over the ids that may be drafted, times the alignment prior.
+temperature, with the request's top-k, top-p and min-p, over the ids that may be drafted.
 Whatever shapes it here is part of its definition: a token is drawn from exactly the ``Q`` that is returned.
 
 In this order:
 
 - **Masking.** Ids that may not be drafted. In a draw with no bytes pending, also ids that the target cannot write, and
   incomplete characters unless the request allows them.
-- **Shaping** (``shape``). Temperature, prior, top-k, top-p, min-p.
+- **Shaping** (``shape``). Temperature, top-k, top-p, min-p.
 - **Pruning.** Incomplete characters are left out where they are unlikely together, because each of them costs a stage
   of verification. With bytes pending, the draw is from the ``MAX_CANDIDATES`` likeliest ids: what each of them emits is
   in no table, so it is worked out one by one.
@@ -122,7 +122,6 @@ class DraftDistribution:
         device: torch.device,
         truncate: Truncate,
         for_target_tokens: bool,
-        log_prior: torch.Tensor | None = None,
     ) -> None:
         """Put what is the same in every step on the device.
 
@@ -135,12 +134,10 @@ class DraftDistribution:
             for_target_tokens: Whether ``Q`` is shaped for the target tokens that the transducer emits: the greedy
                 choice is for the likeliest target token, incomplete characters are drawn in stages, and ids that the
                 target cannot write are left out.
-            log_prior: ``[draft size]``, the logarithm of the alignment prior, to some power.
         """
         self._transducer = transducer
         self._device = device
         self._truncate = truncate
-        self._log_prior = log_prior
         draftable = torch.zeros(draft_size, dtype=torch.bool)
         known = torch.from_numpy(transducer.draftable)[:draft_size]
         draftable[: len(known)] = known
@@ -238,7 +235,7 @@ class DraftDistribution:
             ``None`` if none is, and the candidates of the rows with bytes pending.
         """
         sampling = [state.sampling for state in states if state.sampling]
-        probs = shape(logits, sampling, self._truncate, self._log_prior)
+        probs = shape(logits, sampling, self._truncate)
         uniforms = [state.uniforms[state.num_drawn] for state in states]
         pending = [row for row, state in enumerate(states) if state.pending]
         if not (staging or pending):
@@ -309,8 +306,7 @@ class DraftDistribution:
         Returns:
             The probability of each choice ``[n]``, and draft ids ``[n]``.
         """
-        shaped = logits if self._log_prior is None else logits + self._log_prior
-        probs = shaped.softmax(-1, dtype=torch.float32)
+        probs = logits.softmax(-1, dtype=torch.float32)
         if self._adds_up:
             return self._likeliest_target(probs)
         confidences, next_ids = probs.max(-1)
@@ -337,27 +333,19 @@ class DraftDistribution:
         return confidences.squeeze(1), draft_ids.gather(1, best).squeeze(1)
 
 
-def shape(
-    logits: torch.Tensor,
-    sampling: Sequence[DraftSampling],
-    truncate: Truncate,
-    log_prior: torch.Tensor | None = None,
-) -> torch.Tensor:
+def shape(logits: torch.Tensor, sampling: Sequence[DraftSampling], truncate: Truncate) -> torch.Tensor:
     """Shape logits into distributions.
 
     Args:
         logits: ``[n, draft size]``, with -inf for what must not be drafted; overwritten.
         sampling: One for each row.
         truncate: Cuts off what top-k and top-p leave out, as the target's sampler does.
-        log_prior: ``[draft size]``, logarithms of what the distributions are multiplied by before they are truncated.
 
     Returns:
         ``[n, draft size] float32``; each row sums to 1.
     """
     device, vocab = logits.device, logits.shape[1]
     logits = logits.float().div_(upload([s.temperature for s in sampling], device).unsqueeze(1))
-    if log_prior is not None:
-        logits += log_prior
     top_k = top_p = None
     if any(0 < s.top_k < vocab for s in sampling):
         top_k = upload([s.top_k if 0 < s.top_k < vocab else vocab for s in sampling], device, torch.int32)

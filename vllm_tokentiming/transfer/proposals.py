@@ -19,8 +19,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from vllm_tokentiming.align.transducer import Transducer
@@ -71,7 +69,6 @@ class ProposalBuilder:
         length: FixedLength,
         truncate: Truncate,
         verify_blocks: bool = True,
-        log_prior: npt.NDArray[np.float64] | None = None,
     ) -> None:
         """Choose a strategy.
 
@@ -89,7 +86,6 @@ class ProposalBuilder:
             length: Decides whether a token is proposed.
             truncate: Cuts off what top-k and top-p leave out (``draft/distribution.py``).
             verify_blocks: Whether drawn proposals are verified in blocks, or one by one.
-            log_prior: ``[draft size]``, the logarithm of the alignment prior, to some power.
 
         Raises:
             ValueError: The draft has too many ids.
@@ -109,7 +105,6 @@ class ProposalBuilder:
             device=device,
             truncate=truncate,
             for_target_tokens=self._strategy.for_target_tokens,
-            log_prior=None if log_prior is None else torch.from_numpy(log_prior[:draft_size]).float().to(device),
         )
         self._max_draft_tokens = max_draft_tokens
         self._verify_blocks = verify_blocks

@@ -278,7 +278,7 @@ def _rejection_sample(verify: Any, *args: Any, **kwargs: Any) -> Any:
     left = None
     with drafter.guard("verify"):
         target_ids = call["draft_token_ids"].tolist()
-        rows, left = left_to_verify(logits, q, [request.to_verify(target_ids) for request in requests])
+        rows, left = left_to_verify(logits, q, [ours.to_verify(target_ids) for ours in requests])
         before = logits[rows]
         call["draft_probs"] = q
     if left is None or not len(left):

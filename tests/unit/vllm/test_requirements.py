@@ -113,7 +113,7 @@ CONFIGS = {
 # Ours, torch's, numpy's, Python's.
 OTHERS = {
     "_WORDS", "_staged", "_verifier", "bonus", "committed", "costs", "counts", "cu_num_tokens", "device", "drafter",
-    "ends", "fault", "key", "known", "last", "lengths", "logits", "pair", "path", "prior", "probs", "proposer", "s",
+    "ends", "fault", "key", "known", "last", "lengths", "logits", "pair", "path", "probs", "proposer", "s",
     "self", "settings", "slots", "span", "table", "target_ids", "vocabulary", "where", "x", "other",
 }  # fmt: skip
 OTHERS_IN_MODULE = {
