@@ -76,8 +76,8 @@ def write(pair, strategy, kinds, device, pieces=False, accelerator=None):
         request = ToVerify(drafts[0].proposed_ids, 0, 0, of_first, builder.probs.uniforms.get(0, []))
         logits = torch.randn(PROPOSALS, pair.target.token_bytes.size, generator=torch.Generator().manual_seed(99))
         q = builder.probs.q[0].clone()
-        rows = left_to_verify(logits.to(device), q, [request])
-        verified = [fetch(row).clone() for row in (*rows, q)]
+        left = left_to_verify(logits.to(device), q, [request])
+        verified = [fetch(row).clone() for row in (left.rows, left.logits, q)]
     q = None if builder.probs.q is None else fetch(builder.probs.q)
     return Written([draft.proposed_ids for draft in drafts], q, verified, len(builder.probs.stages), waits, expected)
 

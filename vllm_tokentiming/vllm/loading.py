@@ -97,6 +97,7 @@ def load_drafter(
         length=length,
         truncate=apply_top_k_top_p,
         verify_blocks=vllm_config.speculative_config.rejection_sample_method == "block",
+        learns=settings.online_learning and settings.strategy == "tokentiming",
     )
     max_num_seqs = vllm_config.scheduler_config.max_num_seqs
     return (

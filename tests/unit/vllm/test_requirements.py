@@ -119,13 +119,15 @@ OTHERS = {
 OTHERS_IN_MODULE = {
     ("draft_model", "size"), ("plugin", "_OPTIONS"), ("proposer", "model"), ("refusals", "file"),
     ("compat", "found"), ("draft_config", "NO_TEXT"), ("vocabulary_loader", "store"), ("loading", "model"),
-    ("proposer", "snapshot"),
-    ("runner_v1", "before"), ("runner_v1", "proposals"), ("runner_v1", "read"),
+    ("proposer", "snapshot"), ("proposer", "learned"),
+    *(("runner_v1", name) for name in (
+        "_verifying", "before", "call", "found", "left", "ours", "proposals", "read",
+    )),
     *(("runner_v2", name) for name in (
         "_propose_signature", "on_host", "proposals", "wanted",
     )),
     *(("verifier_v2", name) for name in (
-        "before", "by_request", "call", "first_places", "places", "proposals", "proposed_ids", "q", "temperatures",
+        "before", "by_request", "call", "first_places", "left", "places", "proposals", "proposed_ids", "q", "temperatures",
     )),
 }  # fmt: skip
 # Arguments that a function takes by `**kwargs`, and what reads them.
