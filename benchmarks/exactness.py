@@ -15,9 +15,12 @@ an output is never proposed, so what is at stake begins with the second.
 among all errors of one total variation, the one that chi-square sees worst changes every cell by the same
 ratio, up or down (Cauchy-Schwarz), and that one is assumed.
 
-**Controls.** What is known to be wrong has to be caught by the same tests: the published transfer, and
-proposal probabilities spoilt in this process, once in all rows, and once each in the rows that are computed
-another way.
+**Learning.** The draft learns from every output, so each is drafted with another distribution than the one before it.
+The outputs are independent of each other all the same, since each has the target's law whatever was learned.
+
+**Controls.** What is known to be wrong has to be caught by the same tests, with a draft that stays as it is: the
+published transfer, and proposal probabilities spoilt in this process, once in all rows, and once each in the rows that
+are computed another way.
 
 The engines compute in float32, since that is what the law is enumerated in, with one thread, since the models are tiny;
 they are compiled, as a user's are, unless `--enforce-eager` says otherwise.
@@ -74,6 +77,7 @@ class Setting:
     exact: bool = True
 
 
+NO_LEARNING = {"online_learning": False}
 ONE_BY_ONE = {"rejection_sample_method": "standard"}
 PAPER = {"strategy": "tokentiming-paper", "allow_inexact": True}
 MIXED = (Sampling(temperature=0), Sampling(temperature=0.5), Sampling(temperature=1.3, top_k=6))
@@ -88,6 +92,7 @@ SETTINGS = (
     Setting("penalties", samplings=(PENALTIES,)),
     Setting("mixed batch", samplings=MIXED),
     Setting("seeded requests, adaptive length", speculation={"adaptive_length": True}, seeded=True),
+    Setting("no learning", speculation=NO_LEARNING),
     Setting("few draft tokens", speculation={"max_draft_tokens": 2}),
     Setting("verified one by one", speculation=ONE_BY_ONE),
     Setting("verification that fails", spoil="failing verification"),
@@ -96,17 +101,18 @@ SETTINGS = (
     Setting("tli", speculation={"strategy": "tli"}),
     Setting("slem", speculation={"strategy": "slem"}),
     Setting("control: tokentiming-paper", speculation=PAPER, exact=False),
-    Setting("control: wrong temperature", spoil="temperature", exact=False),
-    Setting("control: wrong later rows", spoil="later", exact=False),
-    Setting("control: wrong pending rows", spoil="pending", exact=False),
-    Setting("control: wrong stages", spoil="stages", exact=False),
-    Setting("control: wrong acceptance of blocks", spoil="acceptance", exact=False),
-    Setting("control: numbers of blocks used again", spoil="reused numbers", exact=False),
+    Setting("control: wrong temperature", speculation=NO_LEARNING, spoil="temperature", exact=False),
+    Setting("control: wrong later rows", speculation=NO_LEARNING, spoil="later", exact=False),
+    Setting("control: wrong pending rows", speculation=NO_LEARNING, spoil="pending", exact=False),
+    Setting("control: wrong stages", speculation=NO_LEARNING, spoil="stages", exact=False),
+    Setting("control: wrong acceptance of blocks", speculation=NO_LEARNING, spoil="acceptance", exact=False),
+    Setting("control: numbers of blocks used again", speculation=NO_LEARNING, spoil="reused numbers", exact=False),
 )
 QUICK = (
     "plain decoding",
     "tokentiming",
     "mixed batch",
+    "no learning",
     "tli",
     "slem",
     "control: wrong temperature",

@@ -112,6 +112,7 @@ def test_without_a_draft_model_the_refusal_says_how_to_name_one():
         ("enforce_eager", 1),
         ("max_draft_tokens", 0),
         ("max_draft_tokens", True),
+        ("online_learning", 1),
         ("dtw_window", 0),
         ("dtw_window", None),
         ("strategy", "magic"),

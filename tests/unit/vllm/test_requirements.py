@@ -127,7 +127,8 @@ OTHERS_IN_MODULE = {
         "_propose_signature", "on_host", "proposals", "wanted",
     )),
     *(("verifier_v2", name) for name in (
-        "before", "by_request", "call", "first_places", "left", "places", "proposals", "proposed_ids", "q", "temperatures",
+        "before", "by_request", "call", "first_places", "left", "places", "proposals", "proposed_ids", "q",
+        "temperatures",
     )),
 }  # fmt: skip
 # Arguments that a function takes by `**kwargs`, and what reads them.
