@@ -24,7 +24,7 @@ PUBLISHED_ARGS = --target "$(PUBLISHED_TARGET)" --draft "$(PUBLISHED_DRAFT)" --p
 MEASURED = kernels overhead acceptance greedy repeatability speed draft_step \
 	$(if $(PUBLISHED_TARGET),acceptance_published repeatability_published startup)
 # Longer ones, which are asked for by name: make results-soak.
-LONG = speed_published serving scaling exactness pairs soak soak_pressure
+LONG = speed_published serving scaling exactness learning pairs soak soak_pressure
 
 # Test files that run at a time.
 WORKERS ?= 2
@@ -184,6 +184,9 @@ results-scaling:
 
 results-exactness:
 	$(BENCH)/exactness.py --quick
+
+results-learning:
+	$(BENCH)/learning.py
 
 results-pairs:
 	$(BENCH)/pairs.py --tokenizers "$(TOKENTIMING_DATA)/tokenizers" --texts "$(TOKENTIMING_DATA)/multilingual"

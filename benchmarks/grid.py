@@ -13,7 +13,6 @@ VLLM_METHODS: dict[str, dict[str, Any] | None] = {
     "tli (vLLM)": {"method": "draft_model", "use_heterogeneous_vocab": True},
     "slem": {"method": "tokentiming", "strategy": "slem"},
     "tli": {"method": "tokentiming", "strategy": "tli"},
-    "tokentiming, prior": {"method": "tokentiming", "alignment_prior": 1.0},
     "tokentiming, one by one": {"method": "tokentiming", "rejection_sample_method": "standard"},
     OURS: {"method": "tokentiming"},
 }

@@ -29,7 +29,7 @@ def expected_acceptance(pair: Pair, sampling: Sampling) -> list[float]:
 
 
 def compare_acceptance(pair: Pair, number: int, seed: int) -> dict[str, Any]:
-    """Acceptance of ours without prior, of vLLM's `draft_model` with real probabilities, and of theory.
+    """Acceptance of ours, of vLLM's `draft_model` with real probabilities, and of theory.
 
     Both draft at the request's temperature; the target's top-k and top-p, which vLLM's draft ignores, are
     not used. Only the first proposals of each request count: what the draft has read is the same with both
@@ -45,7 +45,8 @@ def compare_acceptance(pair: Pair, number: int, seed: int) -> dict[str, Any]:
     compat.repair_top_k_without_drafts()
     theirs = {"method": "draft_model", "draft_sample_method": "probabilistic"}
     entry: dict[str, Any] = {"theory": expected_acceptance(pair, Sampling()), "requests": {}}
-    ours = {"alignment_prior": 0.0, "rejection_sample_method": "standard"}  # One by one, as theory counts.
+    # One by one, as theory counts, and with the draft as it is.
+    ours = {"rejection_sample_method": "standard", "online_learning": False}
     for name, speculation in (("tokentiming", ours), ("draft_model", theirs)):
         with engine(pair, speculation, seed) as llm, first_verifications() as accepted:
             write(llm, [Sampling()], prompt_ids(pair), number)

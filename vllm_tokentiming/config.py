@@ -73,12 +73,12 @@ class TokenTimingConfig(BaseModel):
         max_draft_tokens: Most draft tokens written per step; by default twice ``num_speculative_tokens``. Fewer than
             those make sense only where most draft tokens make several target tokens, so the log says it.
         adaptive_length: Whether to draft only as much as pays (``draft/length.py``), or always all that is allowed.
+        online_learning: Whether the draft's distribution learns from what the target verifies
+            (``draft/learned_weights.py``), with the strategy ``tokentiming``.
         dtw_window: Sakoe-Chiba half-width of the warping, in tokens.
         strategy: How proposals are made: ``tokentiming``, or, for comparison, ``slem``, ``tli``, or
             ``tokentiming-paper``, which changes the distribution of sampled output (``transfer/proposals.py``).
         allow_inexact: Must be set for ``tokentiming-paper``, and for verification of vLLM's that is not exact.
-        alignment_prior: Power of the alignment prior (``prior.py``) in the draft's law; 0 for none. The draft writes a
-            sample text for it when the engine starts, which takes long, and what it brings depends on the pair.
         q_memory_gib: Most memory for proposal probabilities and the copy that vLLM verifies, in GiB; a step with
             more requests than fit is verified as one-hot (a request takes ``num_speculative_tokens`` times the target's
             vocabulary times 8 bytes).
@@ -104,10 +104,10 @@ class TokenTimingConfig(BaseModel):
     enforce_eager: bool | None = None
     max_draft_tokens: int | None = Field(None, ge=1)
     adaptive_length: bool = True
+    online_learning: bool = True
     dtw_window: int = Field(8, ge=1)
     strategy: Literal["tokentiming", "slem", "tli", "tokentiming-paper"] = "tokentiming"
     allow_inexact: bool = False
-    alignment_prior: float = Field(0.0, ge=0)
     q_memory_gib: float = Field(1.0, ge=0)
     seed: int = 0
     own_chat_turns: bool = True

@@ -16,6 +16,7 @@ this step; it loses speed and nothing else.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -27,6 +28,7 @@ from vllm_tokentiming.context import Drafted
 from vllm_tokentiming.draft.batch import RequestSnapshot
 from vllm_tokentiming.draft.counts import Counts
 from vllm_tokentiming.draft.distribution import DrawState
+from vllm_tokentiming.draft.learned_weights import LearnedWeights, Lesson
 from vllm_tokentiming.draft.length import Chain, FixedLength
 from vllm_tokentiming.draft.phase_clock import PhaseClock
 from vllm_tokentiming.draft.protocol import DraftModel, Span
@@ -50,6 +52,7 @@ class Proposals:
         stages: By request and position: of the proposals that are verified in stages; without them, their ``q`` does
             not count.
         uniforms: By request: of those whose proposals are verified in blocks, a random number for each proposal.
+        lessons: By request and position: the draft's ``Q`` of proposals that may teach, ``[draft size] float32``.
     """
 
     target_ids: list[list[int]]
@@ -57,6 +60,7 @@ class Proposals:
     q_request_ids: list[str] = field(default_factory=list)
     stages: dict[tuple[str, int], list[Stage]] = field(default_factory=dict)
     uniforms: dict[str, list[float]] = field(default_factory=dict)
+    lessons: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)
 
     def stages_of(self, request_id: str, number: int) -> dict[int, list[Stage]]:
         """Return the stages of a request's first ``number`` proposals, by position."""
@@ -120,12 +124,30 @@ class Drafter:
             "draft_tokens": {kind: getattr(counts, kind) for kind in kinds},
             "proposed_tokens": counts.proposed,
             "staged_tokens": counts.staged,
+            "lessons": 0 if self.learned is None else self.learned.num_lessons,
             "one_hot": self._builder.one_hot,
             "not_drafted": counts.not_drafted,
             "seconds": self.clock.seconds,
             "draft_blocks": pool.num_blocks,
             "draft_blocks_held": pool.num_blocks - pool.num_free_blocks,
         }
+
+    @property
+    def learned(self) -> LearnedWeights | None:
+        """Return what corrects the draft's distribution; ``None`` if nothing is learned."""
+        return self._builder.learned
+
+    def learn(self, target_logits: torch.Tensor, lessons: Sequence[Lesson]) -> None:
+        """Learn from positions that the target has verified.
+
+        Args:
+            target_logits: ``[*, target size] float32``, as the requests shape them.
+            lessons: The positions.
+        """
+        if self.learned is not None and lessons:
+            rows = upload([lesson.target_row for lesson in lessons], target_logits.device)
+            draft_probs = torch.stack([lesson.draft_probs for lesson in lessons])
+            self.learned.learn(draft_probs, target_logits[rows].softmax(-1))
 
     @torch.inference_mode()
     def propose(self, batch: Sequence[RequestSnapshot]) -> Proposals:
@@ -183,8 +205,10 @@ class Drafter:
             index = places[id(read[row])]
             snapshot = batch[index]
             allow_incomplete = self._builder.distribution.allows_incomplete(read[row].context.draft_ids)
-            draw = DrawState(snapshot.sampling, allow_incomplete)
-            drafts.append(DraftState(index, chains[index], draw, snapshot.num_target, snapshot.greedy))
+            draw = self._draw_state(snapshot, allow_incomplete)
+            # Its proposals must not tell other requests anything if a salt keeps it apart, or may.
+            may_teach = draw.uses_learned and snapshot.cache_salt == ""
+            drafts.append(DraftState(index, chains[index], draw, snapshot.num_target, snapshot.greedy, may_teach))
         self._builder.start_step(drafts)
         self._draft(drafts, requests, logits, began, num_read)
         written = time.perf_counter()
@@ -201,7 +225,22 @@ class Drafter:
         request_ids = [batch[draft.index].request_id for draft in drafts]
         stages = {(request_ids[row], position): found for (row, position), found in probs.stages.items()}
         numbers = {request_ids[row]: found for row, found in probs.uniforms.items()}
-        return Proposals(target_ids, probs.q, request_ids, stages, numbers)
+        lessons: dict[str, dict[int, torch.Tensor]] = {}
+        for (row, position), draft_probs in probs.lessons.items():
+            lessons.setdefault(request_ids[row], {})[position] = draft_probs
+        return Proposals(target_ids, probs.q, request_ids, stages, numbers, lessons)
+
+    def _draw_state(self, snapshot: RequestSnapshot, allow_incomplete: bool) -> DrawState:
+        """Return how a request draws in this step.
+
+        With learned weights, its random numbers are those of their version. They are then independent of all that was
+        learned, even if an earlier request had the same id and so the same numbers.
+        """
+        learned, sampling = self.learned, snapshot.sampling
+        if learned is None or sampling is None or snapshot.reproducible:
+            return DrawState(sampling, allow_incomplete)
+        seed = sampling.seed + (learned.version << 64)
+        return DrawState(dataclasses.replace(sampling, seed=seed), allow_incomplete, uses_learned=True)
 
     def _chains(self, batch: Sequence[RequestSnapshot], requests: Sequence[DraftSequence]) -> dict[int, Chain]:
         """Return a chain for each request that could draft, by its place in the batch."""

@@ -60,7 +60,14 @@ def _step(model: DraftModel, builder: ProposalBuilder, spans: list[Span], num_pr
     number = min(len(spans), builder.max_rows) or len(spans)
     # Marked as greedy, so that no one-hot verification is counted where `q` has no room.
     drafts = [
-        DraftState(index, Chain(History(), num_proposals), DrawState(sampling), 0, greedy=True)
+        DraftState(
+            index,
+            Chain(History(), num_proposals),
+            DrawState(sampling, uses_learned=True),
+            position=0,
+            greedy=True,
+            may_teach=True,
+        )
         for index in range(number)
     ]
     builder.start_step(drafts)

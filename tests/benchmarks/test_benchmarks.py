@@ -8,6 +8,7 @@ import engine
 import pytest
 from conftest import longer
 from grid import VLLM_METHODS, with_draft
+from learning import gains
 from serving import flags_of
 
 PROMPTS = ["Once upon a time there was", "def read(self):\n    "]
@@ -66,6 +67,15 @@ def test_a_run_that_was_cut_off_keeps_results_until_the_job_or_the_commit_is_ano
     assert number({"tokens": 2}) == 3
     at["modified"] = ["M file"]
     assert [number({"tokens": 2}), number({"tokens": 2})] == [4, 5]
+
+
+def test_the_gain_of_learning_is_the_ratio_of_tokens_per_pass_with_an_interval():
+    off = {"tokens": [20, 24] * 4, "passes": [10, 12] * 4}
+    on = {"tokens": [20, 24] * 4, "passes": [10, 12, 10, 12, 5, 6, 5, 6]}
+    found = gains(on, off)
+    assert found["first half"] == [1, 1, 1] and found["second half"] == [2, 2, 2]
+    gain, low, high = found["all"]
+    assert gain == 88 / 66 and 1 <= low < gain < high <= 2
 
 
 @longer

@@ -31,6 +31,7 @@ INNER = (
     ("vllm.compat", "", "cache_salts"),
     ("vllm.proposer", "TokenTimingProposer", "_measured"),
     ("drafter", "Drafter", "propose"),
+    ("drafter", "Drafter", "learn"),
     ("drafter", "Drafter", "numbers"),  # After this, nothing more is recorded.
     ("vllm.proposer", "TokenTimingProposer", "_loaded"),
 )

@@ -162,12 +162,14 @@ def write_everything() -> dict:
         mixed[f"sampled: {sampled} {index}"] = SAMPLED[sampled]
     written = _write(ours, mixed)
     result["ours"] = {name: written["deterministic: " + name] for name in DETERMINISTIC}
+    lessons = [engine.drafter(ours).learned.num_lessons]
     before = engine.counters(ours)
     result["sampled"] = _write(ours, SAMPLED, seed=7)
     after = engine.counters(ours)
     result["counted"] = {name: after[name] - before[name] for name in after}
     result["sampled again"] = _write(ours, SAMPLED, seed=7)
     result["other seed"] = _write(ours, SAMPLED, seed=8)
+    result["lessons"] = [*lessons, engine.drafter(ours).learned.num_lessons]
     result["faults"] = engine.counters(ours)["faults"]
     return result
 
@@ -207,6 +209,11 @@ def test_prompts_given_as_vectors_are_written_on_without_proposals(written):
     plain, ours = written["embeddings"]
     assert ours == plain
     assert written["faults"] == 0
+
+
+def test_the_draft_learns_from_sampled_requests_but_not_from_seeded_ones(written):
+    after_all, after_seeded = written["lessons"]
+    assert after_seeded == after_all > 50
 
 
 def test_the_cases_do_what_they_say(written):

@@ -373,6 +373,7 @@ INNER = (
     ("ProposalsBySlot", "withdraw"),
     ("ProposalsBySlot", "without_fillers"),
     ("ProposalsBySlot", "left_to_verify"),
+    ("TokenTimingProposer", "learn"),
 )
 IN_START = ("init_speculator", "GPUModelRunner.load_model")
 
@@ -458,6 +459,7 @@ def verify_one_token(scaled: bool, in_blocks: bool) -> list[int]:
 
     class Proposer:
         guard = faults.FaultGuard(lambda: "", lambda: None)
+        learn = staticmethod(lambda _target_logits, _lessons: None)
 
     verifier_v2.install()
     rng = torch.Generator().manual_seed(1)

@@ -13,7 +13,7 @@ from vllm_tokentiming.align.transducer import Transducer
 from vllm_tokentiming.draft.distribution import DrawState
 from vllm_tokentiming.draft.length import Chain, FixedLength, History
 from vllm_tokentiming.draft.sampling import DraftSampling
-from vllm_tokentiming.tensors import add_at
+from vllm_tokentiming.tensors import add_at, upload
 from vllm_tokentiming.transfer.proposals import ProposalBuilder
 from vllm_tokentiming.transfer.state import DraftState
 from vllm_tokentiming.verify.step import ToVerify, left_to_verify
@@ -48,10 +48,16 @@ def write(pair, strategy, kinds, device, pieces=False, accelerator=None):
         pair, transducer, strategy,
         draft_size=pair.draft.token_bytes.size, target_size=pair.target.token_bytes.size,
         num_proposals=PROPOSALS, max_draft_tokens=PASSES, device=device, max_q_bytes=1 << 30, length=FixedLength(),
-        truncate=sampler.apply_top_k_top_p,
+        truncate=sampler.apply_top_k_top_p, learns=True,
     )  # fmt: skip
     drafts = [
-        DraftState(i, Chain(History(), PROPOSALS), DrawState(kind, allow_incomplete=pieces), position=7)
+        DraftState(
+            i,
+            Chain(History(), PROPOSALS),
+            DrawState(kind, allow_incomplete=pieces, uses_learned=True),
+            position=7,
+            may_teach=True,
+        )
         for i, kind in enumerate(kinds)
     ]
     builder.start_step(drafts)
@@ -74,13 +80,27 @@ def write(pair, strategy, kinds, device, pieces=False, accelerator=None):
     verified = []
     if builder.probs.q is not None:
         of_first = {position: stages for (row, position), stages in builder.probs.stages.items() if row == 0}
-        request = ToVerify(drafts[0].proposed_ids, 0, 0, of_first, builder.probs.uniforms.get(0, []))
+        lessons = {position: draft_probs for (row, position), draft_probs in builder.probs.lessons.items() if row == 0}
+        request = ToVerify(drafts[0].proposed_ids, 0, 0, of_first, builder.probs.uniforms.get(0, []), lessons)
         logits = torch.randn(PROPOSALS, pair.target.token_bytes.size, generator=torch.Generator().manual_seed(99))
         q = builder.probs.q[0].clone()
-        rows = left_to_verify(logits.to(device), q, [request])
-        verified = [fetch(row).clone() for row in (*rows, q)]
+        logits = logits.to(device)
+        left = left_to_verify(logits, q, [request])
+        verified = [fetch(row).clone() for row in (left.rows, left.logits, q)]
+        if left.lessons:
+            verified += learned(builder.learned, logits, left.lessons, accelerator)
     q = None if builder.probs.q is None else fetch(builder.probs.q)
     return Written([draft.proposed_ids for draft in drafts], q, verified, len(builder.probs.stages), waits, expected)
+
+
+def learned(weights, logits, lessons, accelerator):
+    """Return what is learned, for which nobody waits."""
+    if accelerator:
+        accelerator.waits.clear()
+    rows = upload([lesson.target_row for lesson in lessons], logits.device)
+    weights.learn(torch.stack([lesson.draft_probs for lesson in lessons]), logits[rows].softmax(-1))
+    assert not accelerator or not accelerator.waits.total()
+    return [fetch(weights.log_weights).clone()]
 
 
 def both(pair, strategy, kinds, monkeypatch, pieces=False):

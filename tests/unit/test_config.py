@@ -112,9 +112,9 @@ def test_without_a_draft_model_the_refusal_says_how_to_name_one():
         ("enforce_eager", 1),
         ("max_draft_tokens", 0),
         ("max_draft_tokens", True),
+        ("online_learning", 1),
         ("dtw_window", 0),
         ("dtw_window", None),
-        ("alignment_prior", -0.5),
         ("strategy", "magic"),
         ("strategy", "two\nlines"),
         ("special_tokens", None),
@@ -127,6 +127,12 @@ def test_a_value_that_cannot_work_is_refused_in_one_sentence_that_names_the_sett
     message = refusal({"model": "some/draft", key: value})
     assert_one_sentence(message)
     assert f"{key} is {value!r}" in message
+
+
+def test_a_setting_that_is_gone_is_refused_as_any_unknown_one():
+    message = refusal({"model": "some/draft", "alignment_prior": 1.0})
+    assert_one_sentence(message)
+    assert "does not know the setting 'alignment_prior'" in message
 
 
 def test_a_choice_that_does_not_exist_is_refused_with_those_that_do():

@@ -16,6 +16,7 @@ from truncation import truncate
 from vllm_tokentiming.align.transducer import Transducer
 from vllm_tokentiming.draft.batch import RequestSnapshot
 from vllm_tokentiming.draft.kv_pool import KVPool
+from vllm_tokentiming.draft.learned_weights import Lesson
 from vllm_tokentiming.draft.length import FixedLength
 from vllm_tokentiming.draft.protocol import DraftModel, Span
 from vllm_tokentiming.draft.sampling import DraftSampling
@@ -68,7 +69,7 @@ class Engine:
         builder = ProposalBuilder(
             self.pair, Transducer(self.pair, one_to_one=strategy == "tli"), strategy, draft_size=vocab_size,
             target_size=target_size, num_proposals=PROPOSALS, max_draft_tokens=2 * PROPOSALS, device=self.model.device,
-            max_q_bytes=1 << 30, length=FixedLength(), truncate=truncate,
+            max_q_bytes=1 << 30, length=FixedLength(), truncate=truncate, learns=True,
         )  # fmt: skip
         model: DraftModel = self.model
         self.drafter = Drafter(self.pair, model, builder, FixedLength(), 2 * PROPOSALS)
@@ -98,6 +99,62 @@ def test_a_sampled_request_gets_the_distribution_that_its_proposals_were_drawn_f
     rows = proposals.q[0, : len(proposed)]
     torch.testing.assert_close(rows.sum(-1), torch.ones(len(proposed)), atol=1e-4, rtol=0)
     assert (rows[range(len(proposed)), proposed] > 0).all()
+
+
+SAMPLED = DraftSampling(seed=3, temperature=1.0)
+
+
+def test_a_sampled_request_teaches_what_the_draft_would_have_drawn():
+    engine = Engine()
+    proposals = engine.drafter.propose([engine.snapshot("a", 5, sampling=SAMPLED, cache_salt="")])
+    assert list(proposals.lessons) == ["a"]
+    first = torch.from_numpy(engine.drafter._builder.learned._first.numpy())
+    for position, draft_probs in proposals.lessons["a"].items():
+        q = torch.zeros(proposals.q.shape[-1]).index_add_(0, first, draft_probs)
+        torch.testing.assert_close(q, proposals.q[0, position])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"sampling": SAMPLED, "cache_salt": "a secret"},
+        {"sampling": SAMPLED, "cache_salt": None},  # Not known, so there may be one.
+        {"sampling": SAMPLED, "cache_salt": "", "reproducible": True},
+        {"greedy": True, "cache_salt": ""},
+    ],
+)
+def test_requests_that_are_kept_apart_or_reproduce_themselves_teach_nothing(given):
+    engine = Engine()
+    proposals = engine.drafter.propose([engine.snapshot("a", 5, **given), engine.snapshot("b", 5, greedy=True)])
+    assert all(proposals.target_ids) and not proposals.lessons
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_what_was_learned_changes_no_request_that_reproduces_itself(reproducible):
+    """The random numbers of other requests are new ones, too: those of the version of the weights."""
+    found = []
+    for change in (lambda learned: None, lambda learned: learned.log_weights.normal_(), lambda learned: None):
+        engine = Engine()
+        change(engine.drafter.learned)
+        engine.drafter.learned.version = len(found)
+        snapshot = engine.snapshot("a", 5, sampling=DraftSampling(3, 50.0), reproducible=reproducible)
+        proposals = engine.drafter.propose([snapshot])
+        found.append((proposals.target_ids, proposals.uniforms["a"]))
+    assert (found[0] == found[1] == found[2]) == reproducible
+    assert (found[0][1] == found[2][1]) == reproducible
+
+
+def test_lessons_are_learned_from_the_rows_of_the_logits_that_they_name():
+    engine, expected = Engine(), Engine()
+    size = engine.pair.target.token_bytes.size
+    logits = torch.randn(7, size, generator=torch.Generator().manual_seed(0)) * 3
+    laws = torch.rand(2, engine.model.vocab_size, generator=torch.Generator().manual_seed(1)).pow(8)
+    laws /= laws.sum(-1, keepdim=True)
+    engine.drafter.learn(logits, [Lesson(5, laws[0]), Lesson(2, laws[1])])
+    expected.drafter.learned.learn(laws, logits[[5, 2]].softmax(-1))
+    assert engine.drafter.learned.log_weights.any()
+    assert torch.equal(engine.drafter.learned.log_weights, expected.drafter.learned.log_weights)
+    assert engine.drafter.numbers()["lessons"] == 2
 
 
 def test_accepted_draft_tokens_are_not_read_again():

@@ -1,14 +1,15 @@
 """The draft's distribution ``Q``: everything that defines it, and the draws from it.
 
 The draft's logits enter here and do not come back. ``Q`` is the draft's next-token distribution at the request's
-temperature, with the request's top-k, top-p and min-p, over the ids that may be drafted, times the alignment prior.
+temperature, times what has been learned (``learned_weights.py``), with the request's top-k, top-p and min-p, over the
+ids that may be drafted.
 Whatever shapes it here is part of its definition: a token is drawn from exactly the ``Q`` that is returned.
 
 In this order:
 
 - **Masking.** Ids that may not be drafted. In a draw with no bytes pending, also ids that the target cannot write, and
   incomplete characters unless the request allows them.
-- **Shaping** (``shape``). Temperature, prior, top-k, top-p, min-p.
+- **Shaping** (``shape``). Temperature, learned weights, top-k, top-p, min-p.
 - **Pruning.** Incomplete characters are left out where they are unlikely together, because each of them costs a stage
   of verification. With bytes pending, the draw is from the ``MAX_CANDIDATES`` likeliest ids: what each of them emits is
   in no table, so it is worked out one by one.
@@ -22,10 +23,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from vllm_tokentiming.align.transducer import Transducer
+from vllm_tokentiming.draft.learned_weights import LearnedWeights
 from vllm_tokentiming.draft.sampling import DraftSampling
 from vllm_tokentiming.tensors import upload
 from vllm_tokentiming.vocab.pair import VocabularyPair
@@ -45,6 +48,7 @@ class DrawState:
     Attributes:
         sampling: How to draw; ``None`` for the greedy choice.
         allow_incomplete: Whether incomplete characters may be drawn with no bytes pending.
+        uses_learned: Whether a draw is from a ``Q`` that learns. The greedy choice never is.
         pending: Bytes that have been drafted and emitted no target token yet.
         uniforms: A random number for each draw of the step.
         num_drawn: How many draws there have been in the step.
@@ -52,6 +56,7 @@ class DrawState:
 
     sampling: DraftSampling | None = None
     allow_incomplete: bool = True
+    uses_learned: bool = False
     pending: bytes = b""
     uniforms: list[float] = field(default_factory=list)
     num_drawn: int = 0
@@ -110,6 +115,18 @@ class Choices:
     has_incomplete: bool
 
 
+class LogWeights(NamedTuple):
+    """Logarithms of what some distributions are multiplied by.
+
+    Attributes:
+        rows: ``[n] float32``; 1 for those that are, 0 for the others.
+        of_ids: ``[draft size] float32``, the logarithms.
+    """
+
+    rows: torch.Tensor
+    of_ids: torch.Tensor
+
+
 class DraftDistribution:
     """Chooses draft tokens from the draft's logits, for one pair on one device."""
 
@@ -122,7 +139,7 @@ class DraftDistribution:
         device: torch.device,
         truncate: Truncate,
         for_target_tokens: bool,
-        log_prior: torch.Tensor | None = None,
+        learned: LearnedWeights | None = None,
     ) -> None:
         """Put what is the same in every step on the device.
 
@@ -135,12 +152,12 @@ class DraftDistribution:
             for_target_tokens: Whether ``Q`` is shaped for the target tokens that the transducer emits: the greedy
                 choice is for the likeliest target token, incomplete characters are drawn in stages, and ids that the
                 target cannot write are left out.
-            log_prior: ``[draft size]``, the logarithm of the alignment prior, to some power.
+            learned: What has been learned; ``None`` if nothing is.
         """
         self._transducer = transducer
         self._device = device
         self._truncate = truncate
-        self._log_prior = log_prior
+        self._learned = learned
         draftable = torch.zeros(draft_size, dtype=torch.bool)
         known = torch.from_numpy(transducer.draftable)[:draft_size]
         draftable[: len(known)] = known
@@ -238,7 +255,7 @@ class DraftDistribution:
             ``None`` if none is, and the candidates of the rows with bytes pending.
         """
         sampling = [state.sampling for state in states if state.sampling]
-        probs = shape(logits, sampling, self._truncate, self._log_prior)
+        probs = shape(logits, sampling, self._truncate, self._log_weights(states))
         uniforms = [state.uniforms[state.num_drawn] for state in states]
         pending = [row for row, state in enumerate(states) if state.pending]
         if not (staging or pending):
@@ -258,6 +275,13 @@ class DraftDistribution:
             for row, some in candidates.items():
                 probs[row].zero_()[upload(some.draft_ids, self._device)] = upload(some.masses, self._device)
         return probs, draw(probs, uniforms), staged, candidates
+
+    def _log_weights(self, states: Sequence[DrawState]) -> LogWeights | None:
+        """Return the learned log-weights, and the rows that they are for; ``None`` if they are for none."""
+        if self._learned is None or not any(state.uses_learned for state in states):
+            return None
+        rows = upload([float(state.uses_learned) for state in states], self._device)
+        return LogWeights(rows, self._learned.log_weights)
 
     def _drop_rare_incomplete(self, probs: torch.Tensor) -> torch.Tensor:
         """Take incomplete characters out of the distributions in which they are unlikely together.
@@ -309,8 +333,7 @@ class DraftDistribution:
         Returns:
             The probability of each choice ``[n]``, and draft ids ``[n]``.
         """
-        shaped = logits if self._log_prior is None else logits + self._log_prior
-        probs = shaped.softmax(-1, dtype=torch.float32)
+        probs = logits.softmax(-1, dtype=torch.float32)
         if self._adds_up:
             return self._likeliest_target(probs)
         confidences, next_ids = probs.max(-1)
@@ -341,7 +364,7 @@ def shape(
     logits: torch.Tensor,
     sampling: Sequence[DraftSampling],
     truncate: Truncate,
-    log_prior: torch.Tensor | None = None,
+    log_weights: LogWeights | None = None,
 ) -> torch.Tensor:
     """Shape logits into distributions.
 
@@ -349,15 +372,15 @@ def shape(
         logits: ``[n, draft size]``, with -inf for what must not be drafted; overwritten.
         sampling: One for each row.
         truncate: Cuts off what top-k and top-p leave out, as the target's sampler does.
-        log_prior: ``[draft size]``, logarithms of what the distributions are multiplied by before they are truncated.
+        log_weights: What the distributions are multiplied by before they are truncated.
 
     Returns:
         ``[n, draft size] float32``; each row sums to 1.
     """
     device, vocab = logits.device, logits.shape[1]
     logits = logits.float().div_(upload([s.temperature for s in sampling], device).unsqueeze(1))
-    if log_prior is not None:
-        logits += log_prior
+    if log_weights is not None:
+        logits.addr_(*log_weights)
     top_k = top_p = None
     if any(0 < s.top_k < vocab for s in sampling):
         top_k = upload([s.top_k if 0 < s.top_k < vocab else vocab for s in sampling], device, torch.int32)

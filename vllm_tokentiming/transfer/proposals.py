@@ -17,15 +17,14 @@ exact whatever is cut.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from vllm_tokentiming.align.transducer import Transducer
 from vllm_tokentiming.config import MAX_DRAFT_IDS
 from vllm_tokentiming.draft.distribution import Choices, DraftDistribution, Truncate
+from vllm_tokentiming.draft.learned_weights import LearnedWeights
 from vllm_tokentiming.draft.length import FixedLength
 from vllm_tokentiming.draft.sampling import uniforms
 from vllm_tokentiming.tensors import upload
@@ -50,6 +49,7 @@ class ProposalBuilder:
 
     Attributes:
         distribution: Chooses the draft tokens.
+        learned: What corrects their distribution; ``None`` if nothing is learned.
         max_rows: Most requests in a step that ``q`` has room for.
         probs: The probabilities of the step's proposals.
         one_hot: Drafts of sampled requests without ``q``, since the start, by reason: the ``strategy`` draws none,
@@ -71,7 +71,7 @@ class ProposalBuilder:
         length: FixedLength,
         truncate: Truncate,
         verify_blocks: bool = True,
-        log_prior: npt.NDArray[np.float64] | None = None,
+        learns: bool = False,
     ) -> None:
         """Choose a strategy.
 
@@ -89,7 +89,7 @@ class ProposalBuilder:
             length: Decides whether a token is proposed.
             truncate: Cuts off what top-k and top-p leave out (``draft/distribution.py``).
             verify_blocks: Whether drawn proposals are verified in blocks, or one by one.
-            log_prior: ``[draft size]``, the logarithm of the alignment prior, to some power.
+            learns: Whether the draft's distribution learns from verified positions (``draft/learned_weights.py``).
 
         Raises:
             ValueError: The draft has too many ids.
@@ -102,6 +102,7 @@ class ProposalBuilder:
         self._strategy = _STRATEGIES[strategy](
             TransferTools(pair, transducer, self._pushforward, stages, max_draft_tokens)
         )
+        self.learned = LearnedWeights(transducer, draft_size, device) if learns else None
         self.distribution = DraftDistribution(
             pair,
             transducer,
@@ -109,7 +110,7 @@ class ProposalBuilder:
             device=device,
             truncate=truncate,
             for_target_tokens=self._strategy.for_target_tokens,
-            log_prior=None if log_prior is None else torch.from_numpy(log_prior[:draft_size]).float().to(device),
+            learned=self.learned,
         )
         self._max_draft_tokens = max_draft_tokens
         self._verify_blocks = verify_blocks
@@ -118,6 +119,7 @@ class ProposalBuilder:
         self.max_rows = max_q_bytes // (2 * 4 * num_proposals * target_size)
         self._device = device
         self.probs = ProposalProbs()
+        self._next_teacher = 0
         self.one_hot: Counter[str] = Counter()
 
     def start_step(self, drafts: Sequence[DraftState]) -> None:
@@ -177,6 +179,7 @@ class ProposalBuilder:
                 first_rows.append((choices.sources[row], draft.q_row, position))
         if first_rows:
             self._fill_first(first_rows, choices)
+            self._keep_lessons(first_rows, choices, {draft.q_row for draft in drafts if draft.may_teach})
 
     def finish_step(self, drafts: Sequence[DraftState]) -> None:
         """End a step: finish the emissions, and give one-hot proposals a row where others have a ``q``.
@@ -205,3 +208,28 @@ class ProposalBuilder:
             sources, rows, positions = upload(first_rows, self._device).unbind(1)
             used = probs if len(first_rows) == len(probs) else probs[sources]
             q[rows, positions] = self._pushforward.first_rows(used, choices.has_incomplete)
+
+    def _keep_lessons(
+        self, first_rows: Sequence[tuple[int, int, int]], choices: Choices, teachers: Collection[int]
+    ) -> None:
+        """Keep the draft's distributions at some positions, to learn from once they are verified.
+
+        Requests take turns, whatever was drawn for them. A position that is verified in stages teaches nothing: there
+        the target's distribution is compared with more than one draw of the draft.
+
+        Args:
+            first_rows: See ``_fill_first``.
+            choices: The choices of the pass.
+            teachers: The rows of ``q`` of the drafts that may teach.
+        """
+        if self.learned is None:
+            return
+        room = self.learned.most_lessons - len(self.probs.lessons)
+        places = [place for place in first_rows if place[1] in teachers and place[1:] not in self.probs.stages]
+        if room <= 0 or not places:
+            return
+        turn = self._next_teacher % len(places)
+        chosen = (places[turn:] + places[:turn])[:room]
+        self._next_teacher += len(chosen)
+        kept = choices.draft_probs[upload([source for source, *_ in chosen], self._device)]
+        self.probs.lessons.update(zip((place[1:] for place in chosen), kept, strict=True))

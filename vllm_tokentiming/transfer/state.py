@@ -22,11 +22,13 @@ class ProposalProbs:
         stages: By row of ``q`` and position, the stages of each proposal whose ``q`` counts in the last stage alone.
         uniforms: By row of ``q``, the random numbers that its proposals are verified with as blocks; none for proposals
             that are verified one by one.
+        lessons: By row of ``q`` and position, the draft's ``Q`` of proposals that may teach, ``[draft size] float32``.
     """
 
     q: torch.Tensor | None = None
     stages: dict[tuple[int, int], list[Stage]] = field(default_factory=dict)
     uniforms: dict[int, list[float]] = field(default_factory=dict)
+    lessons: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
     @property
     def rows(self) -> torch.Tensor:
@@ -68,6 +70,7 @@ class DraftState:
         draw: The part of the state that the draft's distribution depends on.
         position: Number of committed target tokens.
         greedy: Whether the target takes its likeliest tokens.
+        may_teach: Whether the draft may learn from what the target makes of its proposals.
         q_row: The draft's row in ``ProposalProbs.q``.
         draft_ids: The drafted tokens.
         proxy: The drafted tokens as target tokens.
@@ -81,6 +84,7 @@ class DraftState:
     draw: DrawState
     position: int
     greedy: bool = False
+    may_teach: bool = False
     q_row: int = -1
     draft_ids: list[int] = field(default_factory=list)
     proxy: Proxy = field(default_factory=lambda: Proxy([]))

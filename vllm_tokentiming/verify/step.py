@@ -9,10 +9,12 @@ accepted.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
+from vllm_tokentiming.draft.learned_weights import Lesson
 from vllm_tokentiming.transfer.stages import Stage
 from vllm_tokentiming.verify.block import Block, verify_blocks
 from vllm_tokentiming.verify.stages import StagedProposal, verify_stages
@@ -28,6 +30,7 @@ class ToVerify:
         q_row: The same for ``q``.
         stages: By position, of proposals that have any.
         uniforms: A random number in [0, 1) for each proposal, or none to leave all but stages to the rejection sampler.
+        lessons: By position, the draft's ``Q`` of proposals that may teach, ``[draft size] float32``.
     """
 
     target_ids: Sequence[int]
@@ -35,6 +38,7 @@ class ToVerify:
     q_row: int
     stages: Mapping[int, Sequence[Stage]]
     uniforms: Sequence[float] = ()
+    lessons: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
     def blocks(self) -> Iterator[Block]:
         """Yield the blocks: what stands between proposals with stages."""
@@ -55,10 +59,36 @@ class ToVerify:
         for position, stages in self.stages.items():
             yield StagedProposal(self.target_ids[position], self.target_row + position, self.q_row + position, stages)
 
+    def taught(self, first_block: Block | None) -> Iterator[Lesson]:
+        """Yield the lessons at positions that follow accepted proposals only.
 
-def left_to_verify(
-    target_logits: torch.Tensor, q: torch.Tensor, requests: Sequence[ToVerify]
-) -> tuple[torch.Tensor, torch.Tensor]:
+        Args:
+            first_block: The first of ``blocks``, verified; ``None`` if there is none.
+        """
+        num_accepted = 0
+        if first_block is not None and first_block.target_row == self.target_row:
+            num_accepted = first_block.num_accepted()
+        for position, draft_probs in self.lessons.items():
+            if position <= num_accepted and position < len(self.target_ids):
+                yield Lesson(self.target_row + position, draft_probs)
+
+
+class LeftToVerify(NamedTuple):
+    """What is left of a step.
+
+    Attributes:
+        rows: ``[rows] int64``, of the target's logits.
+        logits: ``[rows, target size] float32``, what has to stand there for the rejection sampler. (Copies of all rows
+            would take gigabytes for large batches and vocabularies.)
+        lessons: What can be learned.
+    """
+
+    rows: torch.Tensor
+    logits: torch.Tensor
+    lessons: list[Lesson]
+
+
+def left_to_verify(target_logits: torch.Tensor, q: torch.Tensor, requests: Sequence[ToVerify]) -> LeftToVerify:
     """Decide about proposals, and leave the rejection sampler what is left.
 
     Args:
@@ -67,13 +97,18 @@ def left_to_verify(
         requests: The proposals.
 
     Returns:
-        Rows of ``target_logits``, ``[rows] int64``, and what has to stand there, ``[rows, target size] float32``.
-        (Copies of all would take gigabytes for large batches and vocabularies.)
+        What is left. Its lessons are for the logits as they are given here.
     """
     staged = [proposal for request in requests for proposal in request.staged()]
-    blocks = [block for request in requests for block in request.blocks()]
+    blocks_of = [list(request.blocks()) for request in requests]
+    blocks = [block for of_request in blocks_of for block in of_request]
     found = [verify_stages(target_logits, q, staged)] if staged else []
     found += [verify_blocks(target_logits, q, blocks)] if blocks else []
     rows = [row for rows, _ in found for row in rows]
     logits = torch.cat([logits for _, logits in found]) if found else target_logits[:0]
-    return torch.tensor(rows, dtype=torch.int64).to(target_logits.device), logits
+    lessons = [
+        lesson
+        for request, of_request in zip(requests, blocks_of, strict=True)
+        for lesson in request.taught(next(iter(of_request), None))
+    ]
+    return LeftToVerify(torch.tensor(rows, dtype=torch.int64).to(target_logits.device), logits, lessons)

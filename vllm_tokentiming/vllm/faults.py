@@ -52,6 +52,21 @@ class FaultGuard:
         except BaseException as error:  # A panic in the tokenizers' Rust code is no `Exception`.
             self._after(error, phase)
 
+    @contextlib.contextmanager
+    def harmless(self, phase: str) -> Iterator[None]:
+        """Let nothing that fails in here reach the engine, where a fault damages nothing that drafting needs.
+
+        Args:
+            phase: The name under which a fault counts.
+        """
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:
+            self._log(error, f"TokenTiming failed to {phase}; this costs no proposals.")
+            self.counts[phase] += 1
+
     def succeeded(self) -> None:
         """Tell that a step was drafted."""
         if not self._failed_lately:  # The last proposals may have failed to be verified.
@@ -59,11 +74,7 @@ class FaultGuard:
         self._failed_lately = False
 
     def _after(self, fault: BaseException, phase: str) -> None:
-        where = traceback.extract_tb(fault.__traceback__)[-1]
-        place = f"{type(fault).__name__} in {where.filename}, line {where.lineno}"
-        if place not in self.places:
-            self.places.add(place)
-            logger.exception("TokenTiming failed to draft; these requests go on without proposals in this step.")
+        self._log(fault, "TokenTiming failed to draft; these requests go on without proposals in this step.")
         self._in_a_row += 1
         self._failed_lately = True
         # Each new start reads all contexts again.
@@ -73,3 +84,10 @@ class FaultGuard:
             self._recover()
         except Exception:  # What is left behind costs memory of the draft's, and no more.
             logger.exception("TokenTiming cannot forget what it has drafted.")
+
+    def _log(self, fault: BaseException, message: str) -> None:
+        where = traceback.extract_tb(fault.__traceback__)[-1]
+        place = f"{type(fault).__name__} in {where.filename}, line {where.lineno}"
+        if place not in self.places:
+            self.places.add(place)
+            logger.exception(message)

@@ -6,19 +6,15 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
-from vllm_tokentiming.align.prior import AlignmentPrior
 from vllm_tokentiming.config import ATTRIBUTE, TokenTimingConfig, settings_in
 from vllm_tokentiming.draft.length import FixedLength
 from vllm_tokentiming.vllm import patches
 from vllm_tokentiming.vllm.vocabulary_loader import load_pair, startup_cache
 
 if TYPE_CHECKING:
-    from vllm_tokentiming.draft.protocol import DraftModel
     from vllm_tokentiming.drafter import Drafter
     from vllm_tokentiming.vocab.pair import VocabularyPair
 
@@ -101,7 +97,7 @@ def load_drafter(
         length=length,
         truncate=apply_top_k_top_p,
         verify_blocks=vllm_config.speculative_config.rejection_sample_method == "block",
-        log_prior=_log_prior(settings, pair, model),
+        learns=settings.online_learning and settings.strategy == "tokentiming",
     )
     max_num_seqs = vllm_config.scheduler_config.max_num_seqs
     return (
@@ -114,19 +110,3 @@ def _describe_special_tokens(pair: VocabularyPair) -> str:
     target, draft = pair.target.token_bytes.special, pair.draft.token_bytes.special
     shown = [f"{target[t]} = {draft[d]}" for t, d in sorted(pair.special.to_draft.items())]
     return ", ".join(shown[:8] + (["..."] if len(shown) > 8 else [])) or "none in common"
-
-
-def _log_prior(settings: TokenTimingConfig, pair: VocabularyPair, model: DraftModel) -> npt.NDArray[np.float64] | None:
-    power = settings.alignment_prior
-    if settings.strategy != "tokentiming" or power == 0:
-        return None
-    from vllm_tokentiming.draft.self_sample import write_texts
-
-    logger.info(
-        "TokenTiming: the draft writes a sample text for the alignment prior, which takes minutes where its passes "
-        'are slow; "alignment_prior": 0 leaves it out.'
-    )
-    prior = AlignmentPrior(pair)
-    for draft_ids in write_texts(model, pair):
-        prior.observe(pair.draft.token_bytes.decode(draft_ids))
-    return power * np.log(prior.weights())

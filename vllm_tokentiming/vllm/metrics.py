@@ -33,6 +33,7 @@ COUNTERS = {
     "draft_tokens": ("kind", "Tokens of the draft's vocabulary, by what was done with them (see drafting.Counts)."),
     "proposed_tokens": (None, "Target tokens handed to verification."),
     "staged_tokens": (None, "Those of them that were drafted in pieces of characters and are verified in stages."),
+    "lessons": (None, "Verified positions that the draft's distribution has learned from."),
     "one_hot": ("reason", "Drafts of sampled requests that were verified without proposal probabilities."),
     "not_drafted": ("reason", "Requests that could have had proposals in a step and got none."),
     "faults": ("phase", "Errors in drafting that cost a step its proposals."),

@@ -23,7 +23,10 @@ from vllm_tokentiming.vllm.metrics import Recorder
 from vllm_tokentiming.vllm.requirements import check_vllm
 
 if TYPE_CHECKING:
+    import torch
+
     from vllm_tokentiming.draft.batch import RequestSnapshot
+    from vllm_tokentiming.draft.learned_weights import Lesson
     from vllm_tokentiming.drafter import Drafter
 
 logger = init_logger(f"vllm.{__name__}")
@@ -68,6 +71,7 @@ class TokenTimingProposer:
         self._seen: set[str] = set()  # The requests that it was for.
         self._recorder: Recorder | None = None
         self._told_of_pause, self._steps_to_tell = False, _STEPS_TO_TELL
+        self._shared_version = 0  # Of the learned weights that all ranks have.
 
     def load(self, *, runner: str, takes_q: bool) -> None:
         """Load the draft model and read both vocabularies.
@@ -122,7 +126,8 @@ class TokenTimingProposer:
             batch = read()
             costs = self._measured(batch, num_scheduled)
         # Outside of what may fail: a rank that left this out would keep the others waiting.
-        costs, self.guard.steps_off = agree((costs, self.guard.steps_off))
+        costs, self.guard.steps_off, version = agree((costs, self.guard.steps_off, self._version()))
+        self._share(version)
         if len(batch) == num_requests:  # Not so after a fault.
             if self.guard.steps_off:
                 self.guard.steps_off -= 1
@@ -137,10 +142,39 @@ class TokenTimingProposer:
             self._ended = time.perf_counter()
         return self.proposals
 
+    def learn(self, target_logits: torch.Tensor, lessons: Sequence[Lesson]) -> None:
+        """Learn from positions that the target has just verified. A fault costs these lessons and nothing else.
+
+        Of several ranks, only the first one learns, since their logits need not be the same to the last bit. The others
+        get its weights in the next step (``propose_batch``).
+
+        Args:
+            target_logits: ``[*, target size] float32``, as the requests shape them.
+            lessons: The positions.
+        """
+        with self.guard.harmless("learn"):
+            if is_first_rank():
+                self._loaded().learn(target_logits, lessons)
+
     def release(self, request_ids: Iterable[str]) -> None:
         """Forget requests that finished, were aborted or preempted."""
         if self._drafter is not None:
             self._drafter.release(request_ids)
+
+    def _version(self) -> int:
+        learned = None if self._drafter is None else self._drafter.learned
+        return 0 if learned is None else learned.version
+
+    def _share(self, version: int) -> None:
+        """Give all ranks the learned weights of the first one.
+
+        Args:
+            version: Of the first rank's weights.
+        """
+        learned = None if self._drafter is None else self._drafter.learned
+        if learned is not None and version != self._shared_version:
+            self._shared_version = learned.version = version
+            broadcast(learned.log_weights)
 
     def _loaded(self) -> Drafter:
         if self._drafter is None:
@@ -192,12 +226,17 @@ class TokenTimingProposer:
 
 def recorder(vllm_config: VllmConfig) -> Recorder | None:
     """Return the recorder of this worker's metrics; of ranks that do the same, only the first one counts."""
-    from vllm.distributed import get_tp_group
-
-    if not get_tp_group().is_first_rank:
+    if not is_first_rank():
         return None
     name = vllm_config.model_config.served_model_name
     return Recorder(name if isinstance(name, str) else name[0], vllm_config.parallel_config.data_parallel_index)
+
+
+def is_first_rank() -> bool:
+    """Return whether this is the first of the ranks that share the target."""
+    from vllm.distributed import get_tp_group
+
+    return bool(get_tp_group().is_first_rank)
 
 
 def agree(found: T) -> T:
@@ -206,3 +245,10 @@ def agree(found: T) -> T:
 
     agreed: T = get_tp_group().broadcast_object(found, src=0)
     return agreed
+
+
+def broadcast(tensor: torch.Tensor) -> None:
+    """Overwrite a tensor with that of the first rank."""
+    from vllm.distributed import get_tp_group
+
+    get_tp_group().broadcast(tensor, src=0)

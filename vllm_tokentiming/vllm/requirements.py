@@ -184,6 +184,7 @@ REQUIRED: tuple[Need, ...] = (
     Need("vllm.envs", has=("VLLM_CACHE_ROOT", "VLLM_USE_V2_MODEL_RUNNER")),
     Need("vllm.distributed", "get_tp_group"),
     Need("vllm.distributed.parallel_state", "GroupCoordinator.broadcast_object", takes=("self", "obj", "src")),
+    Need("vllm.distributed.parallel_state", "GroupCoordinator.broadcast", takes=("self", "input_", "src")),
     Need("vllm.distributed.parallel_state", "GroupCoordinator", has=("is_first_rank",)),
     Need("vllm.logger", "init_logger", takes=("name",)),
     Need(

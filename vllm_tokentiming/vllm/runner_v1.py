@@ -8,7 +8,8 @@ when each can go:
 - ``profile_run``: makes the draft's largest step while vLLM measures memory.
 - ``_input_fits_in_drafter``: one long request must not stop the drafting of the whole batch.
 - ``_sample``: removes padding from the proposals, and skips the rejection sampler if nothing was proposed.
-- ``rejection_sample``: verifies blocks of proposals, and all stages of a proposal but the last (``verify/``).
+- ``rejection_sample``: verifies blocks of proposals, and all stages of a proposal but the last (``verify/``). The draft
+  learns from what was verified.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+import torch
 from vllm.config import VllmConfig
 
 from vllm_tokentiming.draft.batch import RequestSnapshot
 from vllm_tokentiming.tensors import upload
 from vllm_tokentiming.transfer.stages import Stage
-from vllm_tokentiming.verify.step import ToVerify, left_to_verify
+from vllm_tokentiming.verify.step import LeftToVerify, ToVerify, left_to_verify
 from vllm_tokentiming.vllm import compat, patches
 from vllm_tokentiming.vllm.proposer import TokenTimingProposer
 from vllm_tokentiming.vllm.requests import KnownRequest, known_request
@@ -275,20 +277,22 @@ def _rejection_sample(verify: Any, *args: Any, **kwargs: Any) -> Any:
     if q is None:
         return verify(**call)
     call["draft_probs"] = None  # If this fails, all is verified as one-hot, which is exact as well.
-    before = None
+    left: LeftToVerify | None = None
     with drafter.guard("verify"):
         target_ids = call["draft_token_ids"].tolist()
-        rows, left = left_to_verify(logits, q, [mine.to_verify(target_ids) for mine in requests])
-        kept = logits[rows]
+        found = left_to_verify(logits, q, [ours.to_verify(target_ids) for ours in requests])
+        before = logits[found.rows]
         call["draft_probs"] = q
-        before = kept  # Last: the target's logits may change only if nothing has failed.
-    if before is None:
+        left = found  # Last: the target's logits may change only if nothing has failed.
+    if left is None:
         return verify(**call)
-    logits[rows] = left
+    logits[left.rows] = left.logits
     try:
-        return verify(**call)
+        sampled = verify(**call)
     finally:
-        logits[rows] = before  # vLLM may tell clients of log-probabilities, which are the target's.
+        logits[left.rows] = before  # vLLM may tell clients of log-probabilities, which are the target's.
+    drafter.learn(logits, left.lessons)
+    return sampled
 
 
 def _one_hot(verify: Any, _fault: Exception, *args: Any, **kwargs: Any) -> Any:
@@ -300,30 +304,32 @@ def _one_hot(verify: Any, _fault: Exception, *args: Any, **kwargs: Any) -> Any:
 
 
 class _Request(NamedTuple):
-    """Proposals of a request about which we decide before vLLM, from a row of the rejection sampler on."""
+    """Proposals of a request about which we decide before vLLM, or learn, from a row of the rejection sampler on."""
 
     row: int
     number: int
     stages: dict[int, list[Stage]]
     uniforms: list[float]
+    lessons: dict[int, torch.Tensor]
 
     def to_verify(self, target_ids: Sequence[int]) -> ToVerify:
         """Return them, with all ids of the step, which are negative where there is no proposal."""
         mine = target_ids[self.row : self.row + self.number]
         mine = list(itertools.takewhile(lambda target_id: target_id >= 0, mine))
         stages = {position: found for position, found in self.stages.items() if position < len(mine)}
-        return ToVerify(mine, self.row, self.row, stages, self.uniforms[: len(mine)])
+        return ToVerify(mine, self.row, self.row, stages, self.uniforms[: len(mine)], self.lessons)
 
 
 def _requests(runner: Any, num_proposed: list[int]) -> list[_Request]:
-    """Return what we decide about in a step."""
+    """Return what we decide about in a step, or learn from."""
     proposals, row, found = runner.drafter.proposals, 0, []
     if proposals.q is None:
         return []
     for request_id, number in zip(runner.input_batch.req_ids, num_proposed, strict=False):
         stages, uniforms = proposals.stages_of(request_id, number), proposals.uniforms.get(request_id, [])
-        if number and (stages or uniforms):
-            found.append(_Request(row, number, stages, uniforms))
+        lessons = proposals.lessons.get(request_id, {})
+        if number and (stages or uniforms or lessons):
+            found.append(_Request(row, number, stages, uniforms, lessons))
         row += number
     return found
 

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
+from vllm_tokentiming.draft.learned_weights import Lesson
 from vllm_tokentiming.drafter import Proposals
 from vllm_tokentiming.tensors import upload
-from vllm_tokentiming.verify.step import ToVerify, left_to_verify
+from vllm_tokentiming.verify.step import LeftToVerify, ToVerify, left_to_verify
 from vllm_tokentiming.vllm import patches
 from vllm_tokentiming.vllm.proposer import TokenTimingProposer
 
@@ -43,6 +44,7 @@ class ProposalsBySlot:
             device: Where the target's logits are.
         """
         self.guard = proposer.guard
+        self._proposer = proposer
         self._device = device
         self._max_num_reqs = max_num_reqs
         # On the device: of a step that is scheduled asynchronously, the host does not know what was proposed before.
@@ -51,10 +53,11 @@ class ProposalsBySlot:
         self._q: torch.Tensor | None = None
         self._stages: dict[int, dict[int, Any]] = {}  # By slot and position.
         self._uniforms: dict[int, list[float]] = {}
+        self._lessons: dict[int, dict[int, torch.Tensor]] = {}  # By slot and position.
 
     def forget(self) -> None:
         """Free the probabilities, which have been verified."""
-        self._q, self._stages, self._uniforms = None, {}, {}
+        self._q, self._stages, self._uniforms, self._lessons = None, {}, {}, {}
 
     def put(self, slots: Sequence[int], request_ids: Sequence[str], proposals: Proposals) -> None:
         """Take the proposals of a step.
@@ -78,6 +81,7 @@ class ProposalsBySlot:
                 slot_of[name]: proposals.stages_of(name, number_of[name]) for name in proposals.q_request_ids
             }
             self._uniforms = {slot_of[name]: found for name, found in proposals.uniforms.items()}
+            self._lessons = {slot_of[name]: found for name, found in proposals.lessons.items()}
 
     def withdraw(self, slot: int) -> None:
         """Forget the proposals of a slot that has another request now."""
@@ -104,7 +108,7 @@ class ProposalsBySlot:
 
     def left_to_verify(
         self, target_logits: torch.Tensor, proposed_ids: torch.Tensor, first_places: torch.Tensor, slots: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    ) -> tuple[torch.Tensor, LeftToVerify] | None:
         """Decide about proposals before the verifier does, and say what is left to it.
 
         Args:
@@ -115,8 +119,7 @@ class ProposalsBySlot:
 
         Returns:
             ``[requests, proposals, target vocabulary] float32``, the probabilities that the proposals were drawn with,
-            or that are left of them; rows of ``target_logits``; and what has to stand there. ``None`` if all proposals
-            are one-hot.
+            or that are left of them; and what is left of the step. ``None`` if all proposals are one-hot.
         """
         if self._q is None:
             return None
@@ -131,9 +134,14 @@ class ProposalsBySlot:
             number = len(target_ids)
             stages = {at: found for at, found in self._stages.get(slot, {}).items() if at < number}
             uniforms = self._uniforms.get(slot, [])[:number]
-            if number and (stages or uniforms):
-                requests.append(ToVerify(target_ids, first, index * q.shape[1], stages, uniforms))
-        return q, *left_to_verify(target_logits, q.flatten(0, 1), requests)
+            lessons = self._lessons.get(slot, {})
+            if number and (stages or uniforms or lessons):
+                requests.append(ToVerify(target_ids, first, index * q.shape[1], stages, uniforms, lessons))
+        return q, left_to_verify(target_logits, q.flatten(0, 1), requests)
+
+    def learn(self, target_logits: torch.Tensor, lessons: Sequence[Lesson]) -> None:
+        """Learn from what the target has just verified; see ``TokenTimingProposer.learn``."""
+        self._proposer.learn(target_logits, lessons)
 
     def _no_rows(self) -> torch.Tensor:
         return torch.full((self._max_num_reqs,), -1, dtype=torch.int64, device=self._device)
@@ -165,7 +173,7 @@ def _rejection_sample(verify: Any, *args: Any, **kwargs: Any) -> Any:
     call["draft_logits"] = None  # If what follows fails, all is verified as one-hot, which is exact as well.
     call["use_block_verification"] = False
     target_logits, slots = call["target_logits"], call["idx_mapping"].long()
-    left = None
+    left: LeftToVerify | None = None
     with proposals.guard("verify"):
         given = call["draft_sampled"]
         call["draft_sampled"] = proposals.without_fillers(
@@ -174,7 +182,7 @@ def _rejection_sample(verify: Any, *args: Any, **kwargs: Any) -> Any:
         first_places = call["cu_num_logits"][:-1].long()
         found = proposals.left_to_verify(target_logits, call["draft_sampled"], first_places, slots)
         if found is not None:
-            q, *for_target = found
+            q, of_step = found
             temperatures = call["temperature"][slots]
             # The verifier divides by the temperature. It does not read the logits of greedy requests.
             scale = torch.where(temperatures > 0, temperatures, torch.ones_like(temperatures))
@@ -188,16 +196,17 @@ def _rejection_sample(verify: Any, *args: Any, **kwargs: Any) -> Any:
                 idx_mapping=by_request,
                 expanded_idx_mapping=by_request.repeat_interleave(lengths, output_size=len(target_logits)),
             )
-            left = for_target  # Last: the target's logits may change only if nothing has failed.
+            left = of_step  # Last: the target's logits may change only if nothing has failed.
     if left is None:
         return verify(**call)
-    rows, logits = left
-    before = target_logits[rows]
-    target_logits[rows] = logits
+    before = target_logits[left.rows]
+    target_logits[left.rows] = left.logits
     try:
-        return verify(**call)
+        sampled = verify(**call)
     finally:
-        target_logits[rows] = before  # vLLM may tell clients of log-probabilities, which are the target's.
+        target_logits[left.rows] = before  # vLLM may tell clients of log-probabilities, which are the target's.
+    proposals.learn(target_logits, left.lessons)
+    return sampled
 
 
 def _one_hot(verify: Any, _fault: Exception, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The online transducer and the alignment prior, held to plain oracles."""
+"""The online transducer, held to plain oracles."""
 
 import itertools
 
@@ -8,7 +8,6 @@ from conftest import EMBEDDED, EXACT, cases, examples, load_pair, texts
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_tokentiming.align.prior import AlignmentPrior
 from vllm_tokentiming.align.transducer import Transducer, incomplete_tail
 from vllm_tokentiming.vocab.special_tokens import Role
 
@@ -120,35 +119,3 @@ def test_with_one_vocabulary_on_both_sides_every_token_emits_its_own_bytes_as_on
     one_token = transducer.count[ids] == 1
     assert one_token.mean() > 0.7  # The others are parts of characters.
     assert (transducer.first[ids][one_token] == ids[one_token]).mean() > 0.95  # But for ids of the same bytes.
-
-
-def naive_counts(pair, text):
-    def ends(vocabulary):
-        token_ids = vocabulary.encoder.encode(text)
-        return token_ids, np.cumsum([len(vocabulary.token_bytes[i]) for i in token_ids]).tolist()
-
-    (draft_ids, draft_ends), (_, target_ends) = ends(pair.draft), ends(pair.target)
-    seen, aligned = {}, {}
-    start = 0
-    for draft_id, end in zip(draft_ids, draft_ends, strict=True):
-        seen[draft_id] = seen.get(draft_id, 0) + 1
-        aligned[draft_id] = aligned.get(draft_id, 0) + (start in [0, *target_ends] and end in target_ends)
-        start = end
-    return seen, aligned
-
-
-@examples(60)
-@given(text=texts)
-def test_the_prior_is_the_smoothed_share_of_occurrences_with_both_ends_aligned(embedded, text):
-    prior = AlignmentPrior(embedded.pair)
-    prior.observe(text.encode())
-    seen, aligned = naive_counts(embedded.pair, text.encode())
-    weights = prior.weights()
-    for draft_id in seen:
-        data = embedded.pair.draft.token_bytes[draft_id]
-        whole = data.decode(errors="ignore") or not data
-        expected = (aligned[draft_id] + 1) / (seen[draft_id] + 1) if whole else 1  # Pieces are left alone.
-        assert weights[draft_id] == pytest.approx(expected)
-    unseen = np.ones(len(weights), dtype=bool)
-    unseen[list(seen)] = False
-    assert (weights[unseen] == 1).all()

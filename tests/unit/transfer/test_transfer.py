@@ -168,12 +168,11 @@ def test_with_bytes_pending_every_outcome_has_the_enumerated_distribution(embedd
     assert checked > 10
 
 
-def test_a_distribution_is_the_softmax_of_what_the_request_and_the_prior_make_of_the_logits():
+def test_a_distribution_is_the_softmax_of_the_logits_at_the_requests_temperature():
     logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(3))
-    log_prior = torch.linspace(-2, 0, 50)
-    probs = shape(logits.clone(), [DraftSampling(0, 0.5), DraftSampling(0, 2.0)], truncate, log_prior)
+    probs = shape(logits.clone(), [DraftSampling(0, 0.5), DraftSampling(0, 2.0)], truncate)
     for row, temperature in zip(range(2), (0.5, 2.0), strict=True):
-        torch.testing.assert_close(probs[row], (logits[row] / temperature + log_prior).softmax(-1))
+        torch.testing.assert_close(probs[row], (logits[row] / temperature).softmax(-1))
 
 
 def test_a_distribution_keeps_to_the_requests_top_k_top_p_and_min_p():
@@ -230,7 +229,7 @@ def draft_all(builder, sizes, drafts, passes=4, seed=0):
     builder.finish_step(drafts)
 
 
-def make_builder(embedded, sizes, strategy="tokentiming", max_q_bytes=1 << 30, log_prior=None):
+def make_builder(embedded, sizes, strategy="tokentiming", max_q_bytes=1 << 30):
     return ProposalBuilder(
         embedded.pair,
         Transducer(embedded.pair, one_to_one=strategy == "tli"),
@@ -243,7 +242,6 @@ def make_builder(embedded, sizes, strategy="tokentiming", max_q_bytes=1 << 30, l
         max_q_bytes=max_q_bytes,
         length=FixedLength(),
         truncate=truncate,
-        log_prior=log_prior,
     )
 
 
@@ -274,23 +272,16 @@ def test_a_batch_of_greedy_requests_needs_no_q(embedded, transducer, sizes):
     assert builder.probs.q is None
 
 
-def test_greedy_requests_draft_for_the_likeliest_target_token_as_the_prior_has_it(embedded, transducer, sizes):
-    """Two draft tokens that make the same target token outweigh one that is likelier than each; then the prior does."""
+def test_greedy_requests_draft_for_the_likeliest_target_token(embedded, transducer, sizes):
+    """Two draft tokens that make the same target token outweigh one that is likelier than each."""
     first = transducer.first
     (shared,) = np.flatnonzero(np.bincount(first[(first >= 0) & (transducer.count > 1)]) > 1)[:1]
     one, other = np.flatnonzero(first == shared)[:2].tolist()
     lone = next(i for i in np.flatnonzero(transducer.count == 1).tolist() if (first == first[i]).sum() == 1)
     logits = torch.full((1, sizes[0]), -20.0)
     logits[0, [lone, one, other]] = torch.tensor([0.4, 0.35, 0.25]).log()
-    log_prior = np.zeros(sizes[0])
-    log_prior[[one, other]] = np.log(0.5)
-    for strategy, prior, expected in (
-        ("slem", None, lone),
-        ("tokentiming-paper", None, lone),
-        ("tokentiming", None, one),
-        ("tokentiming", log_prior, lone),
-    ):
-        builder = make_builder(embedded, sizes, strategy, log_prior=prior)
+    for strategy, expected in (("slem", lone), ("tokentiming-paper", lone), ("tokentiming", one)):
+        builder = make_builder(embedded, sizes, strategy)
         draft = draft_state(0, None, position=0)
         builder.start_step([draft])
         builder.append_tokens([draft], logits.clone())

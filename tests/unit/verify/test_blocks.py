@@ -225,9 +225,39 @@ def test_all_proposals_are_verified_once(stages):
 def test_a_request_without_random_numbers_is_left_to_vllm():
     logits, q = torch.randn(4, 8), torch.rand(4, 8)
     before = logits.clone(), q.clone()
-    rows, left = left_to_verify(logits, q, [ToVerify([1, 2], 0, 0, {})])
-    assert len(rows) == len(left) == 0
+    left = left_to_verify(logits, q, [ToVerify([1, 2], 0, 0, {})])
+    assert len(left.rows) == len(left.logits) == 0
     assert torch.equal(logits, before[0]) and torch.equal(q, before[1])
+
+
+ALWAYS = 0.0
+
+
+@pytest.mark.parametrize(
+    ("numbers", "stages", "positions"),
+    [
+        ([NEVER] * 4, {}, [0]),
+        ([ALWAYS, NEVER, NEVER, NEVER], {}, [0, 1]),
+        ([ALWAYS] * 4, {}, [0, 1, 2, 3]),
+        ([ALWAYS] * 4, {2: []}, [0, 1, 2]),  # What comes after the stages is not known to be looked at.
+        ([ALWAYS] * 4, {0: []}, [0]),
+        ([], {}, [0]),
+    ],
+)
+def test_lessons_are_those_at_positions_that_only_accepted_proposals_precede(numbers, stages, positions):
+    rng = torch.Generator().manual_seed(2)
+    logits, q = torch.randn(9, 8, generator=rng), torch.rand(9, 8, generator=rng).add(1).softmax(-1)
+    logits[[3, 4, 5, 6], [1, 2, 3, 4]] += 1  # So that each is neither surely accepted nor surely refused.
+    q[[4, 5, 6, 7], [1, 2, 3, 4]] = 2 * logits.softmax(-1)[[3, 4, 5, 6], [1, 2, 3, 4]]
+    draft_probs = {position: torch.tensor([float(position)]) for position in range(5)}
+    request = ToVerify([1, 2, 3, 4], 3, 4, {}, numbers, draft_probs)
+    if stages:
+        request = ToVerify([1, 2, 3, 4], 3, 4, {position: [] for position in stages}, numbers, draft_probs)
+    (first, *_), before = [*request.blocks(), None], q.clone()
+    if first is not None:
+        verify_blocks(logits, before, [first])
+    found = [(lesson.target_row, int(lesson.draft_probs)) for lesson in request.taught(first)]
+    assert found == [(3 + position, position) for position in positions]
 
 
 def test_other_rows_stay_as_they_were():

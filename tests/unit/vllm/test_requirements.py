@@ -112,20 +112,23 @@ CONFIGS = {
 }  # fmt: skip
 # Ours, torch's, numpy's, Python's.
 OTHERS = {
-    "_WORDS", "_verifier", "_verifying", "bonus", "committed", "costs", "counts", "cu_num_tokens", "device", "drafter",
-    "ends", "fault", "key", "known", "last", "lengths", "logits", "pair", "path", "prior", "probs", "proposer", "s",
+    "_WORDS", "_verifier", "bonus", "committed", "costs", "counts", "cu_num_tokens", "device", "drafter",
+    "ends", "fault", "key", "known", "last", "lengths", "logits", "pair", "path", "probs", "proposer", "s",
     "self", "settings", "slots", "span", "table", "target_ids", "vocabulary", "where", "x", "other",
 }  # fmt: skip
 OTHERS_IN_MODULE = {
     ("draft_model", "size"), ("plugin", "_OPTIONS"), ("proposer", "model"), ("refusals", "file"),
     ("compat", "found"), ("draft_config", "NO_TEXT"), ("vocabulary_loader", "store"), ("loading", "model"),
-    ("proposer", "snapshot"),
-    *(("runner_v1", name) for name in ("before", "call", "found", "mine", "proposals", "read")),
+    ("proposer", "snapshot"), ("proposer", "learned"),
+    *(("runner_v1", name) for name in (
+        "_verifying", "before", "call", "found", "left", "mine", "ours", "proposals", "read",
+    )),
     *(("runner_v2", name) for name in (
         "_propose_signature", "on_host", "proposals", "wanted",
     )),
     *(("verifier_v2", name) for name in (
-        "before", "by_request", "call", "first_places", "places", "proposals", "proposed_ids", "q", "temperatures",
+        "before", "by_request", "call", "first_places", "left", "places", "proposals", "proposed_ids", "q",
+        "temperatures",
     )),
 }  # fmt: skip
 # Arguments that a function takes by `**kwargs`, and what reads them.

@@ -1,0 +1,109 @@
+"""One log-weight for each draft token, learned while the target serves: a correction of the draft's distribution.
+
+Verification shows the target's whole distribution ``p`` at each verified position, and the draft's distribution ``Q``
+there is known. With ``q`` the push-forward of ``Q`` to the target's vocabulary, the first proposal is accepted with the
+probability ``sum over t of min(p(t), q(t))``. If ``Q`` is multiplied by ``exp(w)`` and normalised, the gradient of that
+with respect to ``w(d)`` is
+
+    Q(d) (g(d) - sum over e of Q(e) g(e)),  g(d) = 1 where q(first(d)) < p(first(d)), else 0
+
+with ``first(d)`` the first target token that ``d`` emits, and ``g(d) = 0`` where it emits none. So a draft token gains
+weight where the target wants more of what it makes. One that makes a piece which the target never writes loses weight.
+
+**The steps are Adagrad's, and forget.** A change of text asks for other weights. So the sums of squares decay, which
+lets the steps become large again. The weights themselves shrink a little towards 0, where they began, and are limited.
+
+**Nothing waits.** All of it stays on the device. The cost is bounded, because a step teaches few positions
+(``most_lessons``).
+
+Why proposals may be drawn from a distribution that learns stands in ``docs/theory.md``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from vllm_tokentiming.align.transducer import Transducer
+
+RATE = 0.4  # A rate of 0.2 learns more slowly, and one of 0.8 no faster.
+MEMORY = 0.998  # What is left of the sums of squares after a lesson.
+KEPT = 0.9999  # What is left of a weight after a lesson.
+FIRST_SQUARES = 1e-4  # Added to the sums of squares, so that draft tokens that are never likely hardly move.
+# Of all log-weights, up and down. The gradient of an unlikely draft token is small, so one with a much smaller weight
+# would hardly come back when the text wants it again.
+LARGEST = 3.0
+_MOST_LESSONS = {"cpu": 2}  # In a step. On a CPU, a lesson takes a part of the time of the draft's pass.
+_MOST_LESSONS_ELSEWHERE = 16
+
+
+class Lesson(NamedTuple):
+    """A position that the target has verified.
+
+    Attributes:
+        target_row: Its row of the target's logits.
+        draft_probs: ``[draft size] float32``, the ``Q`` that the proposal there was drawn from, with nothing pending.
+    """
+
+    target_row: int
+    draft_probs: torch.Tensor
+
+
+class LearnedWeights:
+    """The log-weights of one pair.
+
+    Attributes:
+        log_weights: ``[draft size] float32``; all 0 in the beginning.
+        version: How often they have changed.
+        num_lessons: Verified positions that they were learned from.
+        most_lessons: Most verified positions to learn from in a step.
+    """
+
+    def __init__(self, transducer: Transducer, draft_size: int, device: torch.device) -> None:
+        """Begin with weights of 0.
+
+        Args:
+            transducer: The pair's transducer.
+            draft_size: Columns of the draft's logits.
+            device: Where the draft's logits are.
+        """
+        first = torch.from_numpy(transducer.first)[:draft_size]
+        self._first = first.clamp(min=0).to(device)
+        self._emits = (first >= 0).float().to(device)
+        self._squares = torch.zeros(draft_size, device=device)
+        self.log_weights = torch.zeros(draft_size, device=device)
+        self.version = 0
+        self.num_lessons = 0
+        self.most_lessons = _MOST_LESSONS.get(device.type, _MOST_LESSONS_ELSEWHERE)
+
+    @torch.inference_mode()
+    def learn(self, draft_probs: torch.Tensor, target_probs: torch.Tensor) -> None:
+        """Learn from verified positions.
+
+        Args:
+            draft_probs: ``[n, draft size] float32``, the ``Q`` of each. A row that is not finite teaches nothing.
+            target_probs: ``[n, target size] float32``, the ``p`` of each. The same.
+        """
+        self.version += 1
+        self.num_lessons += len(draft_probs)
+        gradients = self.gradients(draft_probs, target_probs)
+        sound = (draft_probs.sum(-1) + target_probs.sum(-1)).isfinite()
+        gradients.masked_fill_(~sound.unsqueeze(1), 0)
+        self._squares.mul_(MEMORY ** len(gradients)).add_(gradients.square().sum(0))
+        steps = gradients.sum(0).mul_(RATE).div_((self._squares + FIRST_SQUARES).sqrt_())
+        self.log_weights.mul_(KEPT ** len(gradients)).add_(steps).clamp_(-LARGEST, LARGEST)
+
+    def gradients(self, draft_probs: torch.Tensor, target_probs: torch.Tensor) -> torch.Tensor:
+        """Return the gradients of the acceptance with respect to the log-weights.
+
+        Args:
+            draft_probs: ``[n, draft size]``.
+            target_probs: ``[n, target size]``.
+
+        Returns:
+            ``[n, draft size]``.
+        """
+        q = torch.zeros_like(target_probs).index_add_(1, self._first, draft_probs * self._emits)
+        gains = (q < target_probs).index_select(1, self._first) * self._emits
+        return draft_probs * (gains - (draft_probs * gains).sum(-1, keepdim=True))
