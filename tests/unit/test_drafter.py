@@ -108,7 +108,7 @@ def test_a_sampled_request_teaches_what_the_draft_would_have_drawn():
     engine = Engine()
     proposals = engine.drafter.propose([engine.snapshot("a", 5, sampling=SAMPLED, cache_salt="")])
     assert list(proposals.lessons) == ["a"]
-    first = torch.from_numpy(engine.drafter._builder.learned._first.numpy())
+    first = torch.from_numpy(Transducer(engine.pair).first).clamp(min=0)
     for position, draft_probs in proposals.lessons["a"].items():
         q = torch.zeros(proposals.q.shape[-1]).index_add_(0, first, draft_probs)
         torch.testing.assert_close(q, proposals.q[0, position])

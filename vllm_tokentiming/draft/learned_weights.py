@@ -28,9 +28,10 @@ import torch
 from vllm_tokentiming.align.transducer import Transducer
 
 RATE = 0.4  # A rate of 0.2 learns more slowly, and one of 0.8 no faster.
-MEMORY = 0.998  # What is left of the sums of squares after a lesson.
+MEMORY = 0.998  # What a lesson leaves of the sums of squares, above what they begin with.
 KEPT = 0.9999  # What is left of a weight after a lesson.
-FIRST_SQUARES = 1e-4  # Added to the sums of squares, so that draft tokens that are never likely hardly move.
+FIRST_SQUARES = 1e-4  # What the sums of squares begin with, so that draft tokens that are never likely hardly move.
+_NEVER_LIKELY = 1e-9  # Counts as 0. The squares of smaller numbers are subnormal, which takes CPUs ten times as long.
 # Of all log-weights, up and down. The gradient of an unlikely draft token is small, so one with a much smaller weight
 # would hardly come back when the text wants it again.
 LARGEST = 3.0
@@ -69,9 +70,11 @@ class LearnedWeights:
             device: Where the draft's logits are.
         """
         first = torch.from_numpy(transducer.first)[:draft_size]
-        self._first = first.clamp(min=0).to(device)
+        # The target tokens that are emitted first by any draft token, and which of these each draft token emits.
+        target_ids, places = first.clamp(min=0).unique(return_inverse=True)
+        self._target_ids, self._places = target_ids.to(device), places.to(device)
         self._emits = (first >= 0).float().to(device)
-        self._squares = torch.zeros(draft_size, device=device)
+        self._squares = torch.full((draft_size,), FIRST_SQUARES, device=device)
         self.log_weights = torch.zeros(draft_size, device=device)
         self.version = 0
         self.num_lessons = 0
@@ -89,9 +92,10 @@ class LearnedWeights:
         self.num_lessons += len(draft_probs)
         gradients = self.gradients(draft_probs, target_probs)
         sound = (draft_probs.sum(-1) + target_probs.sum(-1)).isfinite()
-        gradients.masked_fill_(~sound.unsqueeze(1), 0)
-        self._squares.mul_(MEMORY ** len(gradients)).add_(gradients.square().sum(0))
-        steps = gradients.sum(0).mul_(RATE).div_((self._squares + FIRST_SQUARES).sqrt_())
+        gradients = torch.where(sound.unsqueeze(1), gradients, 0)
+        memory = MEMORY ** len(gradients)
+        self._squares.mul_(memory).add_((1 - memory) * FIRST_SQUARES).add_(gradients.square().sum(0))
+        steps = gradients.sum(0).mul_(RATE).div_(self._squares.sqrt())
         self.log_weights.mul_(KEPT ** len(gradients)).add_(steps).clamp_(-LARGEST, LARGEST)
 
     def gradients(self, draft_probs: torch.Tensor, target_probs: torch.Tensor) -> torch.Tensor:
@@ -104,6 +108,9 @@ class LearnedWeights:
         Returns:
             ``[n, draft size]``.
         """
-        q = torch.zeros_like(target_probs).index_add_(1, self._first, draft_probs * self._emits)
-        gains = (q < target_probs).index_select(1, self._first) * self._emits
+        draft_probs = torch.threshold(draft_probs, _NEVER_LIKELY, 0)
+        # Only of target tokens that a draft token emits first: the target's vocabulary may be much larger.
+        p = target_probs.index_select(1, self._target_ids)
+        q = torch.zeros_like(p).index_add_(1, self._places, draft_probs * self._emits)
+        gains = (q < p).float().gather(1, self._places.expand(len(p), -1)).mul_(self._emits)
         return draft_probs * (gains - (draft_probs * gains).sum(-1, keepdim=True))

@@ -19,7 +19,7 @@ class DraftSampling:
     """How a sampled request's draft is drawn.
 
     Attributes:
-        seed: 64 bits, the same on every rank.
+        seed: A whole number of any size, the same on every rank.
         temperature: Above 0.
         top_k: 0 for all.
         top_p: 1 for all.

@@ -74,7 +74,7 @@ class ToVerify:
 
 
 class LeftToVerify(NamedTuple):
-    """What is left of a step.
+    """The part of a step that is left to the rejection sampler, and to learning.
 
     Attributes:
         rows: ``[rows] int64``, of the target's logits.

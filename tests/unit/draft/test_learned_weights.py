@@ -1,4 +1,4 @@
-"""What is learned from verified positions, held to its definition; and who teaches, and who uses it."""
+"""Learning from verified positions, held to its definition; who teaches, and who uses what was learned."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""What was learned is the same on all ranks, whatever fails, and a fault in learning costs nothing else."""
+"""All ranks have learned the same, whatever fails, and a fault in learning costs nothing else."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Teacher:
 
 @pytest.fixture
 def logits():
-    """Of two requests: three proposals each, and, on runner V2, one row more. All proposals are target id 1."""
+    """Logits of two requests: rows for three proposals each, and one row more. All proposals are target id 1."""
     probs = torch.tensor([0.0, 0.2, 0.6, *[0.04] * (SIZE - 3)])
     return probs.log().repeat(2 * (PROPOSALS + 1), 1)
 
