@@ -169,7 +169,7 @@ class Drafter:
         copies = {index: copied for index, copied in could_copy.items() if index in preferred or index in idle}
         target_ids: list[list[int]] = [copies.get(index, []) for index in range(len(batch))]
         for index, copied_ids in copies.items():
-            requests[index].open_repeats.copied_ids = copied_ids
+            requests[index].open_repeats.num_copied = len(copied_ids)
             self.counts.copied += len(copied_ids)
             self.counts.proposed += len(copied_ids)
         if logits is None:

@@ -119,7 +119,7 @@ class Outcomes:
 _USUAL = Outcomes.expected()  # What requests with a seed begin with; never learned.
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Copy:
     """What could be copied for a request in a step.
 
@@ -142,13 +142,13 @@ class Repeats:
         vocab_size: Target ids are below it.
         others: What became of the proposals of all requests that may know of each other; ``None`` to reckon with this
             one alone.
-        copied_ids: What was copied and proposed in the last step.
+        num_copied: How many tokens were copied and proposed in the last step.
         drafted: Or what the draft proposed, and how many draft tokens were written for it.
     """
 
     vocab_size: int
     others: Outcomes | None
-    copied_ids: list[int] = field(default_factory=list)
+    num_copied: int = 0
     drafted: tuple[list[int], int] | None = None
     _index: NgramIndex = field(init=False)
     _outcomes: Outcomes = field(default_factory=Outcomes.unknown)
@@ -182,7 +182,7 @@ class Repeats:
                 new_ids = new_ids.copy()
                 new_ids[max(first - start, 0) : end - start] = _NOT_TEXT
         self._index.append(new_ids)
-        self._candidate, self.drafted, self.copied_ids = None, None, []
+        self._candidate, self.drafted, self.num_copied = None, None, 0
         return accepted
 
     def find(self, max_proposals: int) -> Copy | None:
@@ -223,6 +223,7 @@ class Repeats:
         """Learn from what the target wrote after the last step, and return how many copied tokens were accepted."""
         known = [self._outcomes] + ([self.others] if self.others else [])
         factors = (_FORGET_OWN, _FORGET)
+        agreed = 0
         if self._candidate is not None:
             ids, kind = self._candidate.target_ids, self._candidate.kind
             agreed = _num_common(ids, new_ids)
@@ -237,7 +238,7 @@ class Repeats:
             # What has not been tried for long is expected to do as it does elsewhere.
             self._outcomes.drafted.forget(_FORGET_OWN)
             self._outcomes.passes.forget(_FORGET_OWN)
-        return _num_common(self.copied_ids, new_ids)
+        return min(agreed, self.num_copied)
 
 
 def _num_common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -105,7 +105,7 @@ class Request:
         """Propose, have the target write some tokens, and return what could have been copied before."""
         copy = self.repeats.find(5)
         if copied and copy:
-            self.repeats.copied_ids = copy.target_ids
+            self.repeats.num_copied = len(copy.target_ids)
         self.repeats.drafted = drafted
         self.num_target += number
         self.accepted = self.repeats.follow(self.text, self.num_target)
