@@ -34,7 +34,7 @@ BUILT_FROM := pyproject.toml setup.py $(wildcard csrc/*.pyx csrc/*.pxd)
 # Builds of the kernels apart from the installed one, for `$(1)` in build/$(1), and their tests. `pytest` and not `python
 # -m pytest`, which would import the package of this folder.
 BUILD_KERNELS = $(BIN)/python setup.py --quiet build --build-base build/$(1) --build-lib build/$(1)/lib
-KERNEL_TESTS = tests/unit/align/test_alignment.py tests/unit/align/test_retokenize.py
+KERNEL_TESTS = tests/unit/align/test_alignment.py tests/unit/align/test_retokenize.py tests/unit/draft/test_repeats.py
 IS_BUILD = import vllm_tokentiming.align.dtw as face; assert "build/$(1)/" in face._dtw.__file__, face._dtw.__file__
 # Environments beside `.venv`: one without vLLM, one with the tools that pack, one into which the archive is installed.
 UNIT := build/unit
@@ -199,7 +199,7 @@ results-soak_pressure:  # With too few blocks, in float32.
 
 clean:  # What was built; the installed environment stays.
 	rm -rf build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache $(READY)
-	rm -f csrc/*.c csrc/*.cpp csrc/*.html vllm_tokentiming/align/*.so
+	rm -f csrc/*.c csrc/*.cpp csrc/*.html vllm_tokentiming/*/*.so
 
 distclean: clean
 	rm -rf .venv

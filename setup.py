@@ -18,13 +18,17 @@ compile_args = ["-O1", "-g", "-fno-omit-frame-pointer", *sanitizers] if sanitize
 def extension(module: str, source: str) -> Extension:
     """The extension of one kernel; its name in the package is not always that of its source."""
     return Extension(
-        f"vllm_tokentiming.align.{module}", [source], extra_compile_args=compile_args, extra_link_args=sanitizers
+        f"vllm_tokentiming.{module}", [source], extra_compile_args=compile_args, extra_link_args=sanitizers
     )
 
 
 setup(
     ext_modules=cythonize(
-        [extension("_dtw", "csrc/dtw.pyx"), extension("_spans", "csrc/spans.pyx")],
+        [
+            extension("align._dtw", "csrc/dtw.pyx"),
+            extension("align._spans", "csrc/spans.pyx"),
+            extension("draft._ngrams", "csrc/ngrams.pyx"),
+        ],
         include_path=["csrc"],  # The `.pxd` files, which hold what is inlined.
         language_level=3,
         force=True,  # The switches above change what is generated, not the source.

@@ -75,6 +75,8 @@ class TokenTimingConfig(BaseModel):
         adaptive_length: Whether to draft only as much as pays (``draft/length.py``), or always all that is allowed.
         online_learning: Whether the draft's distribution learns from what the target verifies
             (``draft/learned_weights.py``), with the strategy ``tokentiming``.
+        copy_repeats: Whether what followed the same text earlier in a request may be proposed without a draft
+            (``draft/repeats.py``).
         dtw_window: Sakoe-Chiba half-width of the warping, in tokens.
         strategy: How proposals are made: ``tokentiming``, or, for comparison, ``slem``, ``tli``, or
             ``tokentiming-paper``, which changes the distribution of sampled output (``transfer/proposals.py``).
@@ -105,6 +107,7 @@ class TokenTimingConfig(BaseModel):
     max_draft_tokens: int | None = Field(None, ge=1)
     adaptive_length: bool = True
     online_learning: bool = True
+    copy_repeats: bool = True
     dtw_window: int = Field(8, ge=1)
     strategy: Literal["tokentiming", "slem", "tli", "tokentiming-paper"] = "tokentiming"
     allow_inexact: bool = False

@@ -1,17 +1,18 @@
 """One step of drafting for a batch: contexts follow their targets, the draft writes, its text becomes proposals.
 
 **Order of a step.** (1) Every context takes in what its target committed, and keeps the KV entries that still stand.
-(2) One pass of the draft reads what each context has and the cache has not: a few tokens for a running request, the
-next chunk of a prompt for a new one, the shortest first, up to the pass's limit. (3) Requests that have caught up
-draft token by token, together, until each has as many target tokens as it may propose. (The last of them may be a
-piece of a longer target token. Drafting on until no further text could change it was measured: as many tokens were
-accepted, for more passes of the draft.)
+Requests whose text repeats itself copy what followed (``draft/repeats.py``), if that promises more than the draft, or
+if there will be no draft. (2) One pass of the draft reads what each other context has and the cache has not: a few
+tokens for a running request, the next chunk of a prompt for a new one, the shortest first, up to the pass's limit.
+(3) Requests that have caught up draft token by token, together, until each has as many target tokens as it may propose.
+(The last of them may be a piece of a longer target token. Drafting on until no further text could change it was
+measured: as many tokens were accepted, for more passes of the draft.)
 
 **What is not read.** Entries that stand, whoever wrote them: accepted draft tokens, and what another request with the
 same beginning has read, be it in the same pass (``draft/kv_pool.py``).
 
-**What is lost when something is missing.** Without a row, blocks, or positions left, a request gets no proposals in
-this step; it loses speed and nothing else.
+**What is lost when something is missing.** Without a row, blocks, or positions left, a request gets no proposals of the
+draft's in this step; it loses speed and nothing else.
 """
 
 from __future__ import annotations
@@ -86,6 +87,8 @@ class Drafter:
         builder: ProposalBuilder,
         length: FixedLength,
         max_draft_tokens: int,
+        *,
+        copy_repeats: bool = False,
     ) -> None:
         """Bring the vocabularies and the model together.
 
@@ -95,6 +98,7 @@ class Drafter:
             builder: Turns its logits into proposals.
             length: Decides how much to draft.
             max_draft_tokens: Most draft tokens written for a request in a step.
+            copy_repeats: Whether what followed the same text before may be proposed without a draft.
         """
         self._length = length
         self._model = model
@@ -103,7 +107,10 @@ class Drafter:
         self.costs: list[tuple[str, int, float]] = []
         self.counts = Counts()
         self.clock = PhaseClock()
-        self.sequences = DraftSequences(pair, model, length, self.counts, max_draft_tokens)
+        copied_below = min(pair.target.token_bytes.size, builder.target_size) if copy_repeats else None
+        self.sequences = DraftSequences(
+            pair, model, length, self.counts, max_draft_tokens, copied_below=copied_below
+        )  # fmt: skip
 
     def release(self, request_ids: Iterable[str]) -> None:
         """Forget requests and free their blocks."""
@@ -125,6 +132,7 @@ class Drafter:
             "proposed_tokens": counts.proposed,
             "staged_tokens": counts.staged,
             "lessons": 0 if self.learned is None else self.learned.num_lessons,
+            "copied_tokens": {"proposed": counts.copied, "accepted": counts.copies_accepted},
             "one_hot": self._builder.one_hot,
             "not_drafted": counts.not_drafted,
             "seconds": self.clock.seconds,
@@ -171,17 +179,105 @@ class Drafter:
         began = time.perf_counter()
         self.costs = []
         requests = [self.sequences.find(snapshot) for snapshot in batch]
-        target_ids: list[list[int]] = [[] for _ in batch]
         # What became of the last drafts is needed for the plan. Other contexts wait until they are used.
         followed = {index for index, request in enumerate(requests) if request.drafted is not None}
         for index in followed:
             self.sequences.commit(requests[index], batch[index])
-        could = self._chains(batch, requests)
+        could_copy, preferred = self._copies(batch, requests)
+        drafts, logits, num_read = self._start(batch, requests, followed, preferred)
+        idle = set(could_copy) - {draft.index for draft in drafts} - preferred
+        if self._length.wants_plain:
+            idle = {index for index in idle if batch[index].reproducible}
+        copies = {index: copied for index, copied in could_copy.items() if index in preferred or index in idle}
+        target_ids: list[list[int]] = [copies.get(index, []) for index in range(len(batch))]
+        for index, copied_ids in copies.items():
+            requests[index].open_repeats.num_copied = len(copied_ids)
+            self.counts.copied += len(copied_ids)
+            self.counts.proposed += len(copied_ids)
+        if logits is None:
+            return Proposals(target_ids)
+        self._builder.start_step(drafts, len(copies))
+        self._draft(drafts, requests, logits, began, num_read)
+        written = time.perf_counter()
+        self._builder.finish_step(drafts, list(copies.values()))
+        for draft in drafts:
+            request = requests[draft.index]
+            request.drafted, request.chain = Drafted(draft.draft_ids, draft.proxy), draft.plan
+            target_ids[draft.index] = draft.proposed_ids
+            self.counts.proposed += len(target_ids[draft.index])
+            if request.repeats is not None:
+                request.repeats.drafted = (target_ids[draft.index], len(draft.draft_ids))
+        kind, num_tokens, seconds = self.costs[0]
+        self.costs[0] = (kind, num_tokens, seconds + time.perf_counter() - written)
+        probs = self._builder.probs
+        self.counts.staged += len(probs.stages)
+        request_ids = [batch[index].request_id for index in (*(draft.index for draft in drafts), *copies)]
+        stages = {(request_ids[row], position): found for (row, position), found in probs.stages.items()}
+        numbers = {request_ids[row]: found for row, found in probs.uniforms.items()}
+        lessons: dict[str, dict[int, torch.Tensor]] = {}
+        for (row, position), draft_probs in probs.lessons.items():
+            lessons.setdefault(request_ids[row], {})[position] = draft_probs
+        return Proposals(target_ids, probs.q, request_ids, stages, numbers, lessons)
+
+    def _copies(
+        self, batch: Sequence[RequestSnapshot], requests: Sequence[DraftSequence]
+    ) -> tuple[dict[int, list[int]], set[int]]:
+        """Find what may be copied.
+
+        Args:
+            batch: The requests.
+            requests: What there is of them.
+
+        Returns:
+            By place in the batch, the target ids whose verification is worth its time, and the places where they
+            promise more than the draft.
+        """
+        copies: dict[int, list[int]] = {}
+        preferred: set[int] = set()
+        num_drafting = sum(snapshot.max_proposals > 0 for snapshot in batch)
+        for index, (request, snapshot) in enumerate(zip(requests, batch, strict=True)):
+            repeats = request.repeats
+            if repeats is None:
+                continue
+            self.counts.copies_accepted += repeats.follow(snapshot.target_ids, snapshot.num_target, snapshot.unread)
+            copy = repeats.find(snapshot.max_proposals) if snapshot.max_proposals else None
+            if copy is None:
+                continue
+            fixed = snapshot.reproducible
+            number = self._length.worth_verifying(copy.survivals, len(batch), fixed=fixed)
+            if not number:
+                continue
+            copies[index] = copy.target_ids[:number]
+            price = self._length.price_of_draft(repeats.expected_passes, num_drafting, len(batch), fixed=fixed)
+            if sum(copy.survivals[:number]) >= repeats.expected_of_draft - price:
+                preferred.add(index)
+        return copies, preferred
+
+    def _start(
+        self,
+        batch: Sequence[RequestSnapshot],
+        requests: Sequence[DraftSequence],
+        followed: set[int],
+        copying: set[int],
+    ) -> tuple[list[DraftState], torch.Tensor | None, int]:
+        """Decide who drafts, and read what that needs.
+
+        Args:
+            batch: The requests.
+            requests: What there is of them.
+            followed: Places of those whose contexts have what is committed.
+            copying: Places of those that do not draft.
+
+        Returns:
+            The drafts, the logits after what each has read, ``[drafts, draft vocabulary]``, if there are any drafts,
+            and how many tokens have been read.
+        """
+        could = self._chains(batch, requests, copying)
         planned = {id(chain) for chain in self._length.plan(list(could.values()), len(batch))}
         chains = {index: chain for index, chain in could.items() if id(chain) in planned}
         self.counts.not_drafted["length"] += len(could) - len(chains)
         if could and not chains:
-            return Proposals(target_ids)
+            return [], None, 0
         present = {id(request) for request in requests}
         wanted = [index for index, snapshot in enumerate(batch) if index in chains or snapshot.reading]
         for index in wanted:
@@ -197,7 +293,7 @@ class Drafter:
         ready = [row for row, request in enumerate(read) if id(request) in places and request.is_prefilled]
         self.counts.not_drafted["reading"] += sum(requests[index].row is not None for index in chains) - len(ready)
         if not ready or logits is None:
-            return Proposals(target_ids)
+            return [], None, num_read
         if len(ready) < len(read):
             logits = logits[upload(ready, logits.device)]
         drafts = []
@@ -209,26 +305,7 @@ class Drafter:
             # Its proposals must not tell other requests anything if a salt keeps it apart, or may.
             may_teach = draw.uses_learned and snapshot.cache_salt == ""
             drafts.append(DraftState(index, chains[index], draw, snapshot.num_target, snapshot.greedy, may_teach))
-        self._builder.start_step(drafts)
-        self._draft(drafts, requests, logits, began, num_read)
-        written = time.perf_counter()
-        self._builder.finish_step(drafts)
-        for draft in drafts:
-            request = requests[draft.index]
-            request.drafted, request.chain = Drafted(draft.draft_ids, draft.proxy), draft.plan
-            target_ids[draft.index] = draft.proposed_ids
-            self.counts.proposed += len(target_ids[draft.index])
-        kind, num_tokens, seconds = self.costs[0]
-        self.costs[0] = (kind, num_tokens, seconds + time.perf_counter() - written)
-        probs = self._builder.probs
-        self.counts.staged += len(probs.stages)
-        request_ids = [batch[draft.index].request_id for draft in drafts]
-        stages = {(request_ids[row], position): found for (row, position), found in probs.stages.items()}
-        numbers = {request_ids[row]: found for row, found in probs.uniforms.items()}
-        lessons: dict[str, dict[int, torch.Tensor]] = {}
-        for (row, position), draft_probs in probs.lessons.items():
-            lessons.setdefault(request_ids[row], {})[position] = draft_probs
-        return Proposals(target_ids, probs.q, request_ids, stages, numbers, lessons)
+        return drafts, logits, num_read
 
     def _draw_state(self, snapshot: RequestSnapshot, allow_incomplete: bool) -> DrawState:
         """Return how a request draws in this step.
@@ -242,8 +319,10 @@ class Drafter:
         seed = sampling.seed + (learned.version << 64)
         return DrawState(dataclasses.replace(sampling, seed=seed), allow_incomplete, uses_learned=True)
 
-    def _chains(self, batch: Sequence[RequestSnapshot], requests: Sequence[DraftSequence]) -> dict[int, Chain]:
-        """Return a chain for each request that could draft, by its place in the batch."""
+    def _chains(
+        self, batch: Sequence[RequestSnapshot], requests: Sequence[DraftSequence], copying: set[int]
+    ) -> dict[int, Chain]:
+        """Return a chain for each request that could draft and does not copy, by its place in the batch."""
         return {
             index: Chain(
                 request.history,
@@ -256,7 +335,7 @@ class Drafter:
                 fixed=snapshot.reproducible,
             )
             for index, (request, snapshot) in enumerate(zip(requests, batch, strict=True))
-            if snapshot.max_proposals
+            if snapshot.max_proposals and index not in copying
         }
 
     def _draft(

@@ -74,6 +74,50 @@ def test_the_example_of_the_readme_runs_as_it_stands_there(tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
+def set_for_requests() -> dict:
+    """In a fresh process: requests with settings of their own, right ones and wrong ones."""
+    llm = engine.start_exact()
+    result: dict = {"plain": engine.generate(llm, PROMPTS, engine.greedy())}
+    del llm  # Before the next one comes, as above.
+    gc.collect()
+    llm = engine.start_exact(speculative_config=engine.speculation())
+    for name, given in (
+        ("none", {"max_proposals": 0}),
+        ("one", '{"max_proposals": 1}'),
+        ("all", {}),
+        ("too many", {"max_proposals": 100}),
+        ("misspelled", {"max_proposal": 1}),
+        ("no dictionary", 1),
+    ):
+        before = engine.counters(llm)
+        parameters = engine.greedy(extra_args={"tokentiming": given})
+        try:
+            outputs = engine.generate(llm, PROMPTS, parameters)
+        except Exception as error:
+            result[name] = [type(error).__name__, str(error)]
+            continue
+        after = engine.counters(llm)
+        counts = {count: after[count] - before[count] for count in ("drafts", "proposed", "accepted")}
+        result[name] = {"outputs": outputs, **counts}
+    return result
+
+
+def test_a_request_has_as_many_proposals_as_it_asks_for_and_a_wrong_number_is_refused():
+    result = engine.in_fresh_process(set_for_requests)
+    assert not [name for name in ("none", "one", "all") if isinstance(result[name], list)], result
+    assert all(result[name]["outputs"] == result["plain"] for name in ("none", "one", "all"))
+    assert result["none"]["proposed"] == 0
+    assert 0 < result["one"]["accepted"] <= result["one"]["proposed"] == result["one"]["drafts"]
+    assert result["all"]["proposed"] > result["all"]["drafts"]
+    for name, part in (
+        ("too many", "write a whole number from 0 to"),
+        ("misspelled", "does not know the setting 'max_proposal'"),
+        ("no dictionary", "write a dictionary"),
+    ):
+        kind, message = result[name]
+        assert kind == "RequestError" and part in message
+
+
 # What is refused before anything is loaded.
 
 

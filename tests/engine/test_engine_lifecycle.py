@@ -187,15 +187,16 @@ def live_through_everything() -> dict:
     del plain
 
     block_bytes = 2 * 2 * BLOCK * 2 * 64 * 4  # Keys and values, layers, tokens, heads, head size, bytes.
+    drafts_alone = {"copy_repeats": False}  # Where proposals are counted that the draft can make, or cannot.
     kinds: dict[str, tuple[dict, dict]] = {
-        "usual": ({}, {}),
+        "usual": (drafts_alone, {}),
         "preempted": ({}, {"num_gpu_blocks_override": 14, "max_model_len": 256}),
         "prompts in chunks": ({}, {"max_num_batched_tokens": 32, "max_num_seqs": 4}),
         "prefix caching": ({}, {"enable_prefix_caching": True}),
-        "small pool": ({"max_model_len": 512, "kv_memory_gib": 18 * block_bytes / 2**30}, {}),
+        "small pool": ({**drafts_alone, "max_model_len": 512, "kv_memory_gib": 18 * block_bytes / 2**30}, {}),
         "draft prefix caching": ({"enable_prefix_caching": True}, {}),
-        "short draft": ({"max_model_len": 100}, {}),
-        "two draft tokens": ({"max_draft_tokens": 2}, {}),
+        "short draft": ({**drafts_alone, "max_model_len": 100}, {}),
+        "two draft tokens": ({**drafts_alone, "max_draft_tokens": 2}, {}),
     }
     for name, (draft, arguments) in kinds.items():
         llm, audit = _start(draft, **arguments)

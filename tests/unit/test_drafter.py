@@ -58,21 +58,23 @@ class Stub:
 
 
 class Engine:
-    """Drafts for requests whose target writes `TEXT`."""
+    """Drafts for requests whose target writes `text`, with a draft that knows `knows`."""
 
-    def __init__(self, strategy: str = "tokentiming", **sizes: int) -> None:
+    def __init__(
+        self, strategy: str = "tokentiming", *, text: str = TEXT, knows: str = TEXT, copies: bool = False, **sizes: int
+    ) -> None:
         self.pair = load_pair(*EMBEDDED)
-        self.target_ids = np.array(self.pair.target.encoder.encode(TEXT.encode()), dtype=np.int32)
+        self.target_ids = np.array(self.pair.target.encoder.encode(text.encode()), dtype=np.int32)
         prefix = self.pair.draft_prefix
         vocab_size, target_size = (side.token_bytes.size for side in (self.pair.draft, self.pair.target))
-        self.model = Stub([*prefix, *self.pair.draft.encoder.encode(TEXT.encode())], vocab_size, **sizes)
+        self.model = Stub([*prefix, *self.pair.draft.encoder.encode(knows.encode())], vocab_size, **sizes)
         builder = ProposalBuilder(
             self.pair, Transducer(self.pair, one_to_one=strategy == "tli"), strategy, draft_size=vocab_size,
             target_size=target_size, num_proposals=PROPOSALS, max_draft_tokens=2 * PROPOSALS, device=self.model.device,
             max_q_bytes=1 << 30, length=FixedLength(), truncate=truncate, learns=True,
         )  # fmt: skip
         model: DraftModel = self.model
-        self.drafter = Drafter(self.pair, model, builder, FixedLength(), 2 * PROPOSALS)
+        self.drafter = Drafter(self.pair, model, builder, FixedLength(), 2 * PROPOSALS, copy_repeats=copies)
 
     def snapshot(self, request_id: str, num_target: int, **given: object) -> RequestSnapshot:
         return RequestSnapshot(request_id, self.target_ids, num_target, PROPOSALS, **given)
@@ -254,3 +256,135 @@ def test_every_second_is_counted_in_the_phase_that_took_it():
     assert set(seconds) == {"context", "read", "write", "draft"} and min(seconds.values()) > 0
     kinds = [kind for kind, _, _ in engine.drafter.costs]
     assert kinds == ["first", *["later"] * (len(engine.model.spans) - 1)]
+
+
+# Text that repeats itself.
+
+TWICE = TEXT + " " + TEXT
+CHANGED = " ".join(
+    f"The {word} ferry leaves at {word}." for word in ("red", "old", "new", "big", "hot", "wet", "dry", "odd")
+)
+
+
+def again(engine: Engine, num_more: int = 6) -> int:
+    """Target tokens of a text up to some in its second half."""
+    return len(engine.target_ids) // 2 + num_more
+
+
+def follow(engine: Engine, name: str, start: int, end: int, **given: object) -> list[list[int]]:
+    """Propose in each step up to an end, accept what is right, and return what was proposed."""
+    proposed, num_target = [], start
+    while num_target < end:
+        (target_ids,) = engine.drafter.propose([engine.snapshot(name, num_target, **given)]).target_ids
+        proposed.append(target_ids)
+        true = engine.target_ids[num_target:].tolist()
+        accepted = next((i for i, target_id in enumerate(target_ids) if target_id != true[i]), len(target_ids))
+        num_target += accepted + 1
+    return proposed
+
+
+def test_what_followed_the_same_text_before_is_proposed_without_a_pass():
+    engine = Engine(text=TWICE, copies=True)
+    number = again(engine)
+    assert engine.drafter.propose([engine.snapshot("a", number, greedy=True)]).target_ids == [engine.true(number)]
+    assert not engine.model.spans
+    engine.drafter.propose([engine.snapshot("a", number + PROPOSALS, greedy=True)])
+    assert engine.drafter.numbers()["copied_tokens"] == {"proposed": 2 * PROPOSALS, "accepted": PROPOSALS}
+    assert engine.drafter.counts.proposed == 2 * PROPOSALS
+
+
+def test_text_that_does_not_repeat_itself_is_drafted():
+    engine, plain = Engine(copies=True), Engine()
+    written = [e.drafter.propose([e.snapshot("a", 12, greedy=True)]).target_ids for e in (engine, plain)]
+    assert written[0] == written[1] != [[]]
+    assert engine.drafter.counts.copied == 0
+
+
+@pytest.mark.parametrize("order", ["copied first", "drawn first"])
+def test_a_copy_is_one_hot_beside_proposals_that_are_drawn(order):
+    engine = Engine(text=TWICE, copies=True)
+    sampling = DraftSampling(seed=3, temperature=1.0)
+    batch = [
+        engine.snapshot("copied", again(engine), sampling=sampling),
+        engine.snapshot("drawn", 12, sampling=sampling),
+    ]
+    batch = batch if order == "copied first" else batch[::-1]
+    proposals = engine.drafter.propose(batch)
+    copied, drawn = (
+        proposals.target_ids[[snapshot.request_id for snapshot in batch].index(name)] for name in ("copied", "drawn")
+    )
+    assert proposals.q is not None and set(proposals.q_request_ids) == {"copied", "drawn"}
+    rows = dict(zip(proposals.q_request_ids, proposals.q, strict=True))
+    assert copied == engine.true(again(engine))
+    torch.testing.assert_close(rows["copied"], torch.eye(rows["copied"].shape[1])[copied])
+    assert drawn and (rows["drawn"][range(len(drawn)), drawn] > 0).all()
+    assert rows["drawn"].count_nonzero() > len(drawn), "a distribution of more than one token"
+    assert set(proposals.uniforms) == {"drawn"} and not any(name == "copied" for name, _ in proposals.stages)
+
+
+def test_a_draft_goes_on_after_copies_as_if_it_had_read_all_along():
+    engine, plain = Engine(text=TWICE + " It is late.", knows=TWICE + " It is late.", copies=True), Engine(
+        text=TWICE + " It is late.", knows=TWICE + " It is late."
+    )  # fmt: skip
+    number = len(engine.target_ids) - 3
+    follow(engine, "a", again(engine), number - 1, greedy=True)
+    assert engine.drafter.counts.copied > 0
+    written = [e.drafter.propose([e.snapshot("a", number, greedy=True)]).target_ids for e in (engine, plain)]
+    assert written[0] == written[1]
+    ids = [e.drafter.sequences.by_request["a"].context.draft_ids for e in (engine, plain)]
+    assert ids[0] == ids[1]
+
+
+def test_copies_are_given_up_where_they_are_refused_and_made_again_where_they_are_not():
+    text = " ".join([CHANGED, *[TEXT] * 4])
+    engine = Engine(text=text, knows=CHANGED, copies=True)
+    repeated = len(engine.pair.target.encoder.encode(" ".join([CHANGED, TEXT]).encode()))
+    follow(engine, "a", 12, repeated, greedy=True)
+    refused = engine.drafter.counts.copied
+    follow(engine, "a", repeated, len(engine.target_ids) - PROPOSALS, greedy=True)
+    numbers = engine.drafter.numbers()["copied_tokens"]
+    assert numbers["proposed"] > refused, "it begins again"
+    assert numbers["accepted"] > 0.8 * (numbers["proposed"] - refused)
+
+
+@pytest.mark.parametrize("reason", ["positions", "blocks"])
+def test_what_cannot_be_drafted_for_is_copied_if_it_can_be(reason):
+    engine = Engine(text=TWICE, copies=True, num_blocks=64 if reason == "positions" else 2)
+    if reason == "positions":
+        engine.model.max_model_len = 20
+    number = again(engine, num_more=3)
+    outcomes = engine.drafter.sequences.find(engine.snapshot("a", number)).open_repeats._outcomes
+    outcomes.drafted.add(4000.0, 1000.0)  # The draft is to be preferred.
+    assert engine.drafter.propose([engine.snapshot("a", number, greedy=True)]).target_ids == [engine.true(number)]
+    assert engine.drafter.counts.not_drafted[reason] == 1
+
+
+def test_what_a_seeded_request_copies_depends_on_no_other_request():
+    given = {"sampling": DraftSampling(seed=3, temperature=1.0), "reproducible": True}
+    alone = Engine(text=TWICE, copies=True)
+    start, end = again(alone, 2), len(alone.target_ids) - PROPOSALS
+    expected = follow(alone, "a", start, end, **given)
+    engine = Engine(text=TWICE, copies=True)
+    follow(engine, "other", 12, end)
+    follow(engine, "sampled", start, end, sampling=DraftSampling(seed=4, temperature=1.0))
+    assert follow(engine, "a", start, end, **given) == expected
+    assert engine.drafter.counts.copied > 0
+
+
+def test_an_id_that_is_given_to_another_request_copies_nothing_of_the_first_one():
+    engine = Engine(text=TWICE, copies=True)
+    engine.drafter.propose([engine.snapshot("a", again(engine), greedy=True)])
+    other = engine.target_ids[again(engine) - 4 : again(engine)]
+    engine.drafter.propose([RequestSnapshot("a", other, 4, PROPOSALS, greedy=True)])
+    assert engine.drafter.counts.copied == PROPOSALS, "the first one's alone"
+
+
+def test_an_id_outside_the_vocabulary_is_not_copied():
+    engine = Engine(text=TWICE, copies=True)
+    number = again(engine)
+    true = engine.true(number)
+    source = next(i for i in range(number) if engine.target_ids[i : i + PROPOSALS].tolist() == true)
+    engine.target_ids[source + 1] = engine.pair.target.token_bytes.size
+    engine.model.max_model_len = 20  # Or one token alone would be drafted.
+    given = {"greedy": True, "unread": ((source + 1, source + 2),)}
+    assert engine.drafter.propose([engine.snapshot("a", number, **given)]).target_ids == [true[:1]]

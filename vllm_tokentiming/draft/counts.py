@@ -20,7 +20,9 @@ class Counts:
         kept: Those of them whose entries stood after verification: they are never in ``read``.
         proposed: Target tokens.
         staged: Those of them that are verified in stages.
-        not_drafted: Requests that could have had proposals in a step and got none, by reason: it would not pay
+        copied: Those of them that are copied (``repeats.py``).
+        copies_accepted: Those of the copied ones that were accepted, as far as it is known.
+        not_drafted: Requests that the draft could have proposed for in a step and did not, by reason: it would not pay
             (``length``), no free blocks (``blocks``), too long a context (``positions``), still reading (``reading``).
     """
 
@@ -33,4 +35,6 @@ class Counts:
     kept: int = 0
     proposed: int = 0
     staged: int = 0
+    copied: int = 0
+    copies_accepted: int = 0
     not_drafted: Counter[str] = field(default_factory=Counter)

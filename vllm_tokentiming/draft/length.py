@@ -185,9 +185,11 @@ class FixedLength:
 
     Attributes:
         steps_paused: Steps in a row, up to now, in which drafting would not have paid for any request that could draft.
+        wants_plain: Whether the step that was planned last is to show what the target's pass costs without proposals.
     """
 
     steps_paused = 0
+    wants_plain = False
 
     def plan(self, chains: Sequence[Chain], num_requests: int) -> list[Chain]:
         """Decide at the beginning of a step who drafts.
@@ -231,6 +233,30 @@ class FixedLength:
             proposed: How many target tokens were drafted.
         """
 
+    def worth_verifying(self, survivals: Sequence[float], num_requests: int, *, fixed: bool) -> int:
+        """Decide how many proposals that take no pass of the draft are worth what they add to the target's pass.
+
+        Args:
+            survivals: The chance of each to be accepted, falling.
+            num_requests: In the target's next pass.
+            fixed: Whether it must depend on nothing but the request's own history.
+
+        Returns:
+            How many of them.
+        """
+        return len(survivals)
+
+    def price_of_draft(self, passes: float, num_drafting: int, num_requests: int, *, fixed: bool) -> float:
+        """Return how many target tokens are not written because a request drafts in this step.
+
+        Args:
+            passes: Expected draft tokens of the request.
+            num_drafting: Requests that could draft in this step, with this one.
+            num_requests: In the target's next pass.
+            fixed: As in ``worth_verifying``.
+        """
+        return 0.0
+
     def observe(self, kind: str, tokens: int, seconds: float) -> None:
         """Take in what a pass cost.
 
@@ -261,7 +287,8 @@ class AdaptiveLength(FixedLength):
         drafting = [chain for chain in chains if chain.fixed and self._plan_alone(chain)]
         others = [chain for chain in chains if not chain.fixed]
         self._since_plain += 1
-        if not others or (not drafting and self._wants_plain(num_requests)):
+        self.wants_plain = bool(others) and not drafting and self._is_plain_due(num_requests)
+        if not others or self.wants_plain:
             return drafting
         if not (self._target and self._first and self._later):  # Nothing is known; find out.
             return drafting + others
@@ -329,6 +356,31 @@ class AdaptiveLength(FixedLength):
                 self._chances[chain.sampled].count(False)
         chain.history.learn(chain.chances[:known], accepted, len(chain.confidences), proposed)
 
+    def worth_verifying(self, survivals: Sequence[float], num_requests: int, *, fixed: bool) -> int:
+        """See the base class."""
+        if not (fixed or self._target):
+            return len(survivals)
+        number = 1 if fixed else num_requests
+        target = _FIXED_COSTS.target if fixed else self._target
+        # What a token takes, times what is written meanwhile.
+        least = (target(2 * number) - target(number)) / target(number)
+        return sum(survival >= least for survival in survivals)
+
+    def price_of_draft(self, passes: float, num_drafting: int, num_requests: int, *, fixed: bool) -> float:
+        """See the base class."""
+        if fixed:
+            return _FIXED_DRAFT_PASS * passes / _FIXED_COSTS.target(1)
+        if not (self._target and self._first and self._later):
+            return 0.0
+        # What this request adds to passes that it shares with others.
+        seconds = self._draft_seconds(passes, num_drafting) - self._draft_seconds(passes, num_drafting - 1)
+        return max(0.0, seconds) * num_requests / self._target(num_requests)
+
+    def _draft_seconds(self, passes: float, num_drafting: int) -> float:
+        if not num_drafting:
+            return 0.0
+        return self._first(_USUAL_LAG * num_drafting) + max(0.0, passes - 1) * self._later(num_drafting)
+
     def observe(self, kind: str, tokens: int, seconds: float) -> None:
         """See the base class."""
         # Some sizes are seen often and others rarely, and a machine that others use as well changes its speed.
@@ -351,7 +403,7 @@ class AdaptiveLength(FixedLength):
         chain.max_proposals = min(chain.max_proposals, _TRIAL)
         return chain.history.pause.over()
 
-    def _wants_plain(self, num_requests: int) -> bool:
+    def _is_plain_due(self, num_requests: int) -> bool:
         """Return whether to make a plain step, to measure its cost."""
         known = self._target.number(num_requests)
         if self._since_plain < (_PLAIN_EVERY if known else _PLAIN_AT_MOST_EVERY):

@@ -12,6 +12,7 @@ from vllm_tokentiming.draft.batch import RequestSnapshot
 from vllm_tokentiming.draft.counts import Counts
 from vllm_tokentiming.draft.length import Chain, FixedLength, History
 from vllm_tokentiming.draft.protocol import DraftModel, Span
+from vllm_tokentiming.draft.repeats import Outcomes, Repeats
 from vllm_tokentiming.vocab.pair import VocabularyPair
 
 
@@ -26,6 +27,12 @@ class DraftSequence:
     drafted: Drafted | None = None  # What was drafted in the last step.
     chain: Chain | None = None  # How much of it.
     history: History = field(default_factory=History)
+    repeats: Repeats | None = None  # What may be copied, if anything may.
+
+    @property
+    def num_known(self) -> int:
+        """Return how many committed target tokens have been taken in."""
+        return max(self.context.num_target, self.repeats.num_target if self.repeats else 0)
 
     @property
     def is_prefilled(self) -> bool:
@@ -39,6 +46,13 @@ class DraftSequence:
             raise RuntimeError("a request without a row in the draft's KV cache can be neither read nor drafted for")
         return self.row
 
+    @property
+    def open_repeats(self) -> Repeats:
+        """Its repeated text, of which something is copied."""
+        if self.repeats is None:
+            raise RuntimeError("nothing may be copied for this request")
+        return self.repeats
+
 
 class DraftSequences:
     """All sequences of one worker.
@@ -48,7 +62,14 @@ class DraftSequences:
     """
 
     def __init__(
-        self, pair: VocabularyPair, model: DraftModel, length: FixedLength, counts: Counts, max_draft_tokens: int
+        self,
+        pair: VocabularyPair,
+        model: DraftModel,
+        length: FixedLength,
+        counts: Counts,
+        max_draft_tokens: int,
+        *,
+        copied_below: int | None = None,
     ) -> None:
         """Begin without any.
 
@@ -58,12 +79,15 @@ class DraftSequences:
             length: Told what became of each draft.
             counts: Added to.
             max_draft_tokens: Most draft tokens written for a request in a step, for which there has to be room.
+            copied_below: Target ids of repeated text are copied if they are below it; ``None`` to copy nothing.
         """
         self._pair = pair
         self._model = model
         self._length = length
         self._counts = counts
         self._max_draft_tokens = max_draft_tokens
+        self._copied_below = copied_below
+        self._outcomes = {sampled: Outcomes.expected() for sampled in (False, True)}
         self.by_request: dict[str, DraftSequence] = {}
 
     def find(self, snapshot: RequestSnapshot) -> DraftSequence:
@@ -73,11 +97,14 @@ class DraftSequences:
             snapshot: The request. Where fewer target tokens are committed than before, its id was given to another one.
         """
         request = self.by_request.get(snapshot.request_id)
-        if request is None or request.context.num_target > snapshot.num_target:
+        if request is None or request.num_known > snapshot.num_target:
             self.release([snapshot.request_id])
             request = self.by_request[snapshot.request_id] = DraftSequence(
                 DraftContext(self._pair), object() if snapshot.cache_salt is None else snapshot.cache_salt
             )
+            if self._copied_below is not None:
+                others = None if snapshot.reproducible else self._outcomes[not snapshot.greedy]
+                request.repeats = Repeats(self._copied_below, others)
         return request
 
     def commit(self, request: DraftSequence, snapshot: RequestSnapshot) -> None:

@@ -50,6 +50,7 @@ class ProposalBuilder:
     Attributes:
         distribution: Chooses the draft tokens.
         learned: What corrects their distribution; ``None`` if nothing is learned.
+        target_size: Columns of the target's logits.
         max_rows: Most requests in a step that ``q`` has room for.
         probs: The probabilities of the step's proposals.
         one_hot: Drafts of sampled requests without ``q``, since the start, by reason: the ``strategy`` draws none,
@@ -114,6 +115,7 @@ class ProposalBuilder:
         )
         self._max_draft_tokens = max_draft_tokens
         self._verify_blocks = verify_blocks
+        self.target_size = target_size
         self._shape = (num_proposals, target_size)
         # Twice: vLLM copies the rows that it verifies.
         self.max_rows = max_q_bytes // (2 * 4 * num_proposals * target_size)
@@ -122,19 +124,22 @@ class ProposalBuilder:
         self._next_teacher = 0
         self.one_hot: Counter[str] = Counter()
 
-    def start_step(self, drafts: Sequence[DraftState]) -> None:
+    def start_step(self, drafts: Sequence[DraftState], num_copied: int = 0) -> None:
         """Start a step.
 
         Args:
             drafts: The requests that will draft.
+            num_copied: Requests whose proposals are copied; their rows of ``q`` follow.
 
-        Afterwards ``probs.q`` is ``[len(drafts), num_proposals, target size] float32`` if any draft draws, else
-        ``None``: proposals are then one-hot. They also are in a step whose ``q`` would be larger than the user allows.
+        Afterwards ``probs.q`` is ``[len(drafts) + num_copied, num_proposals, target size] float32`` if any draft draws,
+        else ``None``: proposals are then one-hot. They also are in a step whose ``q`` would be larger than the user
+        allows.
         """
         # The old ``q`` is let go before there is a new one.
         self.probs = ProposalProbs()
         draws = self._strategy.draws
-        fits = len(drafts) <= self.max_rows
+        num_rows = len(drafts) + num_copied
+        fits = num_rows <= self.max_rows
         for row, draft in enumerate(drafts):
             sampling, draft.q_row = draft.draw.sampling, row
             if not (draft.greedy or (sampling and draws and fits)):
@@ -147,7 +152,7 @@ class ProposalBuilder:
                     self.probs.uniforms[row] = uniforms(sampling.seed, draft.position, self._shape[0], b" blocks")
             draft.emission = self._strategy.start(draft, self.probs)
         if any(draft.draw.sampling for draft in drafts):
-            self.probs.q = torch.zeros(len(drafts), *self._shape, device=self._device)
+            self.probs.q = torch.zeros(num_rows, *self._shape, device=self._device)
 
     def append_tokens(self, drafts: Sequence[DraftState], logits: torch.Tensor) -> None:
         """Draft one more token for each request.
@@ -181,20 +186,24 @@ class ProposalBuilder:
             self._fill_first(first_rows, choices)
             self._keep_lessons(first_rows, choices, {draft.q_row for draft in drafts if draft.may_teach})
 
-    def finish_step(self, drafts: Sequence[DraftState]) -> None:
+    def finish_step(self, drafts: Sequence[DraftState], copied: Sequence[list[int]] = ()) -> None:
         """End a step: finish the emissions, and give one-hot proposals a row where others have a ``q``.
 
         Args:
             drafts: The requests that drafted.
+            copied: The target ids that are copied for others.
         """
         for draft in drafts:
             draft.emission.finish(draft)
         if self.probs.q is None:
             return
-        for draft in drafts:
-            if not draft.draw.sampling:
-                for position, target_id in enumerate(draft.proxy.target_ids[: draft.max_proposals]):
-                    self.probs.q[draft.q_row, position, target_id] = 1
+        one_hot = [
+            (draft.q_row, draft.proxy.target_ids[: draft.max_proposals]) for draft in drafts if not draft.draw.sampling
+        ]
+        one_hot += enumerate(copied, len(drafts))
+        for row, target_ids in one_hot:
+            for position, target_id in enumerate(target_ids):
+                self.probs.q[row, position, target_id] = 1
 
     def _fill_first(self, first_rows: Sequence[tuple[int, int, int]], choices: Choices) -> None:
         """Fill rows of ``q``: each from a row of the draft's probabilities, of a draft's row, at a position."""

@@ -101,7 +101,7 @@ def load_drafter(
     )
     max_num_seqs = vllm_config.scheduler_config.max_num_seqs
     return (
-        Drafter(pair, model, builder, length, max_draft_tokens),
+        Drafter(pair, model, builder, length, max_draft_tokens, copy_repeats=settings.copy_repeats),
         functools.partial(rehearse, model, builder, max_num_seqs, num_proposals),
     )
 

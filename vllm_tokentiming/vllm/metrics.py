@@ -34,8 +34,9 @@ COUNTERS = {
     "proposed_tokens": (None, "Target tokens handed to verification."),
     "staged_tokens": (None, "Those of them that were drafted in pieces of characters and are verified in stages."),
     "lessons": (None, "Verified positions that the draft's distribution has learned from."),
+    "copied_tokens": ("kind", "Those of them that were copied from the request's own text, and which were accepted."),
     "one_hot": ("reason", "Drafts of sampled requests that were verified without proposal probabilities."),
-    "not_drafted": ("reason", "Requests that could have had proposals in a step and got none."),
+    "not_drafted": ("reason", "Requests that the draft could have proposed for in a step and did not."),
     "faults": ("phase", "Errors in drafting that cost a step its proposals."),
     "seconds": ("phase", "Time on the host in each phase of drafting."),
 }

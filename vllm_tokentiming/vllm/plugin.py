@@ -33,12 +33,12 @@ _OPTIONS = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_
 
 
 def register() -> None:
-    """Let ``EngineArgs`` understand our method, and the scheduler tell workers the salts of requests.
+    """Let ``EngineArgs`` understand our method, requests their settings, and workers the salts of requests.
 
     vLLM runs this in the engines of all users, so it raises nothing: on a vLLM that we cannot teach our method, vLLM
     refuses it to those who ask for it, and an unknown salt only means that nothing is shared.
     """
-    for teach in (_teach_method, _teach_salts, _teach_runner):
+    for teach in (_teach_method, _teach_salts, _teach_requests, _teach_runner):
         try:
             teach()
         except Exception:
@@ -59,6 +59,12 @@ def _teach_salts() -> None:
     from vllm_tokentiming.vllm.compat import carry_cache_salts
 
     carry_cache_salts()
+
+
+def _teach_requests() -> None:
+    from vllm_tokentiming.vllm import request_settings
+
+    request_settings.install()
 
 
 def _teach_runner() -> None:

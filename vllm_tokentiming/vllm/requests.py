@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vllm_tokentiming.config import SettingsError
 from vllm_tokentiming.draft.batch import RequestSnapshot
 from vllm_tokentiming.draft.sampling import DraftSampling, seed_of
+from vllm_tokentiming.vllm.request_settings import max_proposals
 
 _GREEDY_BELOW = 1e-5  # vLLM's `_SAMPLING_EPS`
 
@@ -27,6 +29,7 @@ class KnownRequest:
         max_tokens: Most tokens of the request, prompt and output.
         unread: First positions and ends of the ids in the prompt that stand for something other than text.
         has_text: Whether the draft can read the prompt.
+        max_proposals: Most target tokens that the user wants to be proposed in a step; ``None`` for no limit.
     """
 
     request_id: str
@@ -37,6 +40,7 @@ class KnownRequest:
     max_tokens: int
     unread: tuple[tuple[int, int], ...]
     has_text: bool
+    max_proposals: int | None = None
 
     def snapshot(
         self, target_ids: npt.NDArray[np.int32], num_target: int, *, reading: bool, max_proposals: int, max_len: int
@@ -50,8 +54,10 @@ class KnownRequest:
             max_proposals: Most target tokens to propose for any request.
             max_len: Most target tokens of any request.
         """
-        if not self.has_text:
-            num_target = 0
+        if self.max_proposals is not None:
+            max_proposals = min(max_proposals, self.max_proposals)
+        if not self.has_text or self.max_proposals == 0:
+            num_target = 0  # Nothing is read for what is not drafted.
         most = 0
         if num_target and not reading:
             most = min(max_proposals, min(max_len, self.max_tokens) - num_target - 1)
@@ -93,7 +99,15 @@ def known_request(
         max_tokens=num_prompt_tokens + parameters.max_tokens,
         unread=_placeholders(request.mm_features),
         has_text=request.prompt_embeds is None,  # Otherwise there are no prompt tokens that the draft could read.
+        max_proposals=_max_proposals(parameters.extra_args),
     )
+
+
+def _max_proposals(extra_args: Any) -> int | None:
+    try:
+        return max_proposals(extra_args)
+    except SettingsError:  # The front end refuses it, where our entry point runs there.
+        return None
 
 
 def _placeholders(features: Any) -> tuple[tuple[int, int], ...]:

@@ -83,8 +83,10 @@ REQUIRED: tuple[Need, ...] = (
     ),
     Need(
         "vllm.sampling_params", "SamplingParams",
-        has=("max_tokens", "min_p", "seed", "structured_outputs", "temperature", "top_k", "top_p"),
+        has=("extra_args", "max_tokens", "min_p", "seed", "structured_outputs", "temperature", "top_k", "top_p"),
     ),
+    Need("vllm.sampling_params", "SamplingParams.verify", takes=("speculative_config",)),
+    Need("vllm.exceptions", "VLLMValidationError"),
     Need("vllm.multimodal.inputs", "MultiModalFeatureSpec", has=("mm_position",)),
     Need("vllm.multimodal.inputs", "PlaceholderRange", has=("length", "offset")),
     Need("vllm.v1.core.sched.output", "NewRequestData.from_request", takes=("request",)),

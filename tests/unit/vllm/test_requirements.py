@@ -74,6 +74,8 @@ HOLDS = {
 IN_MODULE = {
     ("requests", "feature"): "vllm.multimodal.inputs.MultiModalFeatureSpec",
     ("requests", "place"): "vllm.multimodal.inputs.PlaceholderRange",
+    ("request_settings", "parameters"): "vllm.sampling_params.SamplingParams",
+    ("request_settings", "speculative"): "vllm.config.SpeculativeConfig",
     ("requests", "parameters"): "vllm.sampling_params.SamplingParams",
     # Or `NewRequestData`; `test_a_request_has_the_same_names_on_both_runners` holds the two together.
     ("requests", "request"): "vllm.v1.worker.gpu_input_batch.CachedRequestState",
@@ -119,7 +121,7 @@ OTHERS = {
 OTHERS_IN_MODULE = {
     ("draft_model", "size"), ("plugin", "_OPTIONS"), ("proposer", "model"), ("refusals", "file"),
     ("compat", "found"), ("draft_config", "NO_TEXT"), ("vocabulary_loader", "store"), ("loading", "model"),
-    ("proposer", "snapshot"), ("proposer", "learned"),
+    ("proposer", "snapshot"), ("proposer", "learned"), ("request_settings", "_parameters_of_verify"),
     *(("runner_v1", name) for name in (
         "_verifying", "before", "call", "found", "left", "mine", "ours", "proposals", "read",
     )),
