@@ -119,9 +119,10 @@ OTHERS = {
     "self", "settings", "slots", "span", "table", "target_ids", "vocabulary", "where", "x", "other",
 }  # fmt: skip
 OTHERS_IN_MODULE = {
+    ("request_settings", "_parameters_of_verify"),
     ("draft_model", "size"), ("plugin", "_OPTIONS"), ("proposer", "model"), ("refusals", "file"),
     ("compat", "found"), ("draft_config", "NO_TEXT"), ("vocabulary_loader", "store"), ("loading", "model"),
-    ("proposer", "snapshot"), ("request_settings", "_parameters_of_verify"),
+    ("proposer", "snapshot"),
     ("runner_v1", "before"), ("runner_v1", "proposals"), ("runner_v1", "read"),
     *(("runner_v2", name) for name in (
         "_propose_signature", "on_host", "proposals", "wanted",
