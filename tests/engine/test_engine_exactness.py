@@ -20,8 +20,8 @@ pytestmark = pytest.mark.engine
 FAMILY_LEVEL = 1e-4
 NUM_SAMPLINGS = 11  # Of the settings that are exact, all together.
 EXACT = {
-    "tokentiming": 12_000,
-    "no learning": 20_000,
+    "tokentiming": 8_000,
+    "no learning": 12_000,
     "mixed batch": 3_000,
     "lossy vocabularies": 3_000,
     "tli": 4_000,
@@ -109,7 +109,7 @@ def test_every_way_to_compute_probabilities_was_taken(measured):
     # A draft that learns from this one text makes few proposals in pieces.
     (entry,) = measured["settings"]["no learning"]
     paths = ("first_rows", "later_row", "later_candidate_row", "first_stage", "later_stage")
-    assert all(entry["rows"][path] > 500 for path in paths)
+    assert all(entry["rows"][path] > 200 for path in paths)
 
 
 def test_a_draft_that_learns_from_one_text_has_more_accepted(measured):

@@ -25,9 +25,9 @@ class Run:
 
     def __init__(self, draft: dict | None = None, **arguments) -> None:
         arguments = {"enable_prefix_caching": True, **arguments}
-        self.llm = engine.start_exact(
-            block_size=BLOCK, speculative_config=engine.speculation(**(draft or {})), **arguments
-        )
+        # A request that copies in the end leaves what it committed last unread.
+        drafting = engine.speculation(copy_repeats=False, **(draft or {}))
+        self.llm = engine.start_exact(block_size=BLOCK, speculative_config=drafting, **arguments)
         self.audit, self.drafter, self.pool = Audit(self.llm), engine.drafter(self.llm), engine.pool(self.llm)
         self.context_tokens = 0
         self._release = self.drafter.release

@@ -187,6 +187,57 @@ def test_how_much_a_request_with_a_seed_drafts_does_not_depend_on_the_drafts_con
     assert lengths[0] == lengths[1]
 
 
+def measured(token: float = 0.1, draft: float = 0.2) -> AdaptiveLength:
+    """Costs of a target whose passes take 1 and `token` for each token, and of a draft whose passes take `draft`."""
+    length = AdaptiveLength()
+    for number in (1, 2, 4, 8, 16, 32):
+        length.observe("target", number, 1 + token * number)
+        length.observe("first", number, draft)
+        length.observe("later", number, draft)
+    return length
+
+
+SURVIVALS = [0.9, 0.5, 0.2, 0.05, 0.001]
+
+
+@pytest.mark.parametrize("number", [1, 4, 16])
+def test_as_many_proposals_without_a_pass_are_verified_as_are_worth_their_place_in_the_targets_pass(number):
+    length = measured()
+    worth = length.worth_verifying(SURVIVALS, number, fixed=False)
+    seconds = 1 + 0.1 * number
+    assert all(survival >= 0.1 * number / seconds for survival in SURVIVALS[:worth])
+    assert all(survival < 0.1 * number / seconds for survival in SURVIVALS[worth:])
+    assert 0 < worth < len(SURVIVALS)
+    assert FixedLength().worth_verifying(SURVIVALS, number, fixed=False) == len(SURVIVALS)
+    assert AdaptiveLength().worth_verifying(SURVIVALS, number, fixed=False) == len(SURVIVALS), "nothing is known"
+
+
+def test_the_price_of_a_draft_is_what_the_target_could_have_written_meanwhile():
+    passes = 4
+    assert measured().price_of_draft(passes, 1, 1, fixed=False) == pytest.approx(passes * 0.2 / 1.1)
+    assert measured().price_of_draft(passes, 8, 8, fixed=False) == pytest.approx(0), "the others draft anyway"
+    assert FixedLength().price_of_draft(passes, 1, 1, fixed=False) == 0
+    assert AdaptiveLength().price_of_draft(passes, 1, 1, fixed=False) == 0, "nothing is known"
+
+
+def test_neither_depends_on_measured_costs_for_a_request_with_a_seed():
+    ways = (AdaptiveLength(), measured(), measured(token=0.5, draft=3.0))
+    assert len({length.worth_verifying(SURVIVALS, number, fixed=True) for length in ways for number in (1, 9)}) == 1
+    prices = {length.price_of_draft(4, number, number, fixed=True) for length in ways for number in (1, 9)}
+    assert len(prices) == 1 and prices.pop() > 0
+
+
+def test_a_step_that_is_to_show_the_targets_cost_is_told_apart():
+    length = measured()
+    wanted = []
+    for _ in range(300):
+        planned = length.plan([Chain(History(), MOST)], 1)
+        wanted.append(length.wants_plain)
+        assert not (length.wants_plain and planned)
+    assert 0 < sum(wanted) < 10
+    assert not FixedLength().wants_plain
+
+
 def test_a_seeded_request_whose_drafts_fail_is_tried_ever_more_rarely():
     length, history, drafted = AdaptiveLength(), History(), []
     for step in range(2000):

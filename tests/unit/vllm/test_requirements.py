@@ -119,9 +119,10 @@ OTHERS = {
     "self", "settings", "slots", "span", "table", "target_ids", "vocabulary", "where", "x", "other",
 }  # fmt: skip
 OTHERS_IN_MODULE = {
+    ("request_settings", "_parameters_of_verify"),
     ("draft_model", "size"), ("plugin", "_OPTIONS"), ("proposer", "model"), ("refusals", "file"),
     ("compat", "found"), ("draft_config", "NO_TEXT"), ("vocabulary_loader", "store"), ("loading", "model"),
-    ("proposer", "snapshot"), ("proposer", "learned"), ("request_settings", "_parameters_of_verify"),
+    ("proposer", "snapshot"), ("proposer", "learned"),
     *(("runner_v1", name) for name in (
         "_verifying", "before", "call", "found", "left", "mine", "ours", "proposals", "read",
     )),
