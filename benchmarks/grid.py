@@ -14,6 +14,7 @@ VLLM_METHODS: dict[str, dict[str, Any] | None] = {
     "slem": {"method": "tokentiming", "strategy": "slem"},
     "tli": {"method": "tokentiming", "strategy": "tli"},
     "tokentiming, one by one": {"method": "tokentiming", "rejection_sample_method": "standard"},
+    "tokentiming, no copies": {"method": "tokentiming", "copy_repeats": False},
     OURS: {"method": "tokentiming"},
 }
 # Outside vLLM, each against transformers' own plain generation; one request at a time.
