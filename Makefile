@@ -150,7 +150,7 @@ results-acceptance:
 results-acceptance_published:
 	$(BENCH)/acceptance.py $(PUBLISHED_ARGS) --name acceptance_published --num-prompts 8 --group 4 --tokens 24 --temperatures 0 0.8 \
 		--workloads heldout/english_stories heldout/python heldout/english_gsm8k heldout/russian_tinystories \
-		heldout/multilingual_udhr --dtype float32 --methods plain "tli (vLLM)" slem tli tokentiming
+		heldout/multilingual_udhr --dtype float32 --methods plain "tli (vLLM)" slem tli "tokentiming, one by one" tokentiming
 		# In float32, which is six times as fast where there are no instructions for bfloat16.
 
 results-greedy:  # In float32, where greedy output has to be plain decoding's.
