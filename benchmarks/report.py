@@ -21,6 +21,7 @@ from typing import Any
 import report_tables as tables
 from provenance import ROOT
 from report_languages import languages
+from report_learning import learning
 from report_pairs import pairs
 from report_parts import origin
 from report_soak import soak
@@ -37,6 +38,7 @@ REPORTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 }
 # After the speeds.
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "learning": ("What the draft learns while it serves", learning),
     "accelerator": ("On an accelerator", tables.accelerator),
     "startup": ("What our part of a start takes", tables.startup),
     "serving": ("Under a serving load", tables.serving),
