@@ -46,7 +46,8 @@ def break_everything() -> dict:
     prompts = texts(None)[::13]
     plain = engine.start_exact()
     result: dict = {"plain": engine.generate(plain, prompts, engine.greedy(32))}
-    llm = engine.start_exact(speculative_config=engine.speculation())
+    # What is copied depends on what was accepted before, so the same prompts would have other proposals each time.
+    llm = engine.start_exact(speculative_config=engine.speculation(copy_repeats=False))
     pool, drafter = engine.pool(llm), engine.drafter(llm)
     num_blocks = pool.num_free_blocks
 
