@@ -106,7 +106,6 @@ SETTINGS = (
     Setting("control: wrong pending rows", speculation=NO_LEARNING, spoil="pending", exact=False),
     Setting("control: wrong stages", speculation=NO_LEARNING, spoil="stages", exact=False),
     Setting("control: wrong acceptance of blocks", speculation=NO_LEARNING, spoil="acceptance", exact=False),
-    Setting("control: numbers of blocks used again", speculation=NO_LEARNING, spoil="reused numbers", exact=False),
 )
 QUICK = (
     "plain decoding",

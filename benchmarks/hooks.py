@@ -99,20 +99,6 @@ def _wrong_acceptance() -> tuple[Any, str, Any]:
     return Block, "acceptance", lambda block, i: block.prefix_ratios[i]
 
 
-def _reused_numbers() -> tuple[Any, str, Any]:
-    """Verify a position with the same random number in every step, as runner V2's own block verification does."""
-    from vllm_tokentiming.transfer import proposals
-
-    original = proposals.uniforms
-
-    def uniforms(seed: int, position: int, number: int, purpose: bytes = b"") -> list[float]:
-        if not purpose:
-            return original(seed, position, number)
-        return [original(seed, position + i, 1, purpose)[0] for i in range(number)]
-
-    return proposals, "uniforms", uniforms
-
-
 SPOILERS = {
     "temperature": _spoilt_temperature,
     "later": _spoilt_later,
@@ -120,7 +106,6 @@ SPOILERS = {
     "stages": _spoilt_stages,
     "failing verification": _failing_verification,
     "acceptance": _wrong_acceptance,
-    "reused numbers": _reused_numbers,
 }
 
 
