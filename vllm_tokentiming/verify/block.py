@@ -10,8 +10,8 @@ one that ``x_i`` was drawn from, and ``u_i`` uniform:
     h_i = Z_i / (Z_i + 1 - p_i) for i < N,  h_N = p_N
 
 The largest ``i`` with ``u_i < h_i`` is how many are accepted. What follows is drawn from ``(p_i M_(i+1) - q_(i+1))^+``,
-or from ``M_(N+1)`` if all are. No draft accepts more on average without more than one path, and none accepts less than
-one by one. The proof for distributions that depend on hidden draft tokens stands in ``docs/theory.md``.
+or from ``M_(N+1)`` if all are. No other way to verify a single path accepts more on average, and one by one accepts
+less or as much. The proof for distributions that depend on hidden draft tokens stands in ``docs/theory.md``.
 
 **The random numbers belong to one step.** All ``u_i`` are looked at, also those of refused positions, so they may not
 be used again when the next step verifies the same positions.

@@ -1,9 +1,9 @@
 """The proposals of one step: what is decided about them here, and what is left to vLLM's rejection sampler.
 
-Proposals that are drafted in one draw are verified in blocks (``block.py``), one after the other where the user wants
-that. A proposal that is drafted in several draws is verified in stages (``stages.py``), alone: blocks end before it and
-begin after it. The rejection sampler goes through all of them in order, so a block counts only if what is before it is
-accepted.
+Proposals that are drafted in one draw are verified in blocks (``block.py``), or left to vLLM one by one if the user
+wants that. A proposal that is drafted in several draws is verified in stages (``stages.py``), alone: blocks end before
+it and begin after it. The rejection sampler goes through all of them in order, so a block counts only if what is before
+it is accepted.
 """
 
 from __future__ import annotations
