@@ -8,6 +8,7 @@ it is accepted.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -86,6 +87,19 @@ class LeftToVerify(NamedTuple):
     rows: torch.Tensor
     logits: torch.Tensor
     lessons: list[Lesson]
+
+    @contextlib.contextmanager
+    def in_place(self, target_logits: torch.Tensor) -> Iterator[None]:
+        """Have it stand in the target's logits for a while.
+
+        Afterwards they are the target's again: vLLM may tell clients of log-probabilities, and lessons are of them.
+        """
+        before = target_logits[self.rows]
+        target_logits[self.rows] = self.logits
+        try:
+            yield
+        finally:
+            target_logits[self.rows] = before
 
 
 def left_to_verify(target_logits: torch.Tensor, q: torch.Tensor, requests: Sequence[ToVerify]) -> LeftToVerify:

@@ -281,16 +281,12 @@ def _rejection_sample(verify: Any, *args: Any, **kwargs: Any) -> Any:
     with drafter.guard("verify"):
         target_ids = call["draft_token_ids"].tolist()
         found = left_to_verify(logits, q, [ours.to_verify(target_ids) for ours in requests])
-        before = logits[found.rows]
         call["draft_probs"] = q
         left = found  # Last: the target's logits may change only if nothing has failed.
     if left is None:
         return verify(**call)
-    logits[left.rows] = left.logits
-    try:
+    with left.in_place(logits):
         sampled = verify(**call)
-    finally:
-        logits[left.rows] = before  # vLLM may tell clients of log-probabilities, which are the target's.
     drafter.learn(logits, left.lessons)
     return sampled
 

@@ -199,12 +199,8 @@ def _rejection_sample(verify: Any, *args: Any, **kwargs: Any) -> Any:
             left = of_step  # Last: the target's logits may change only if nothing has failed.
     if left is None:
         return verify(**call)
-    before = target_logits[left.rows]
-    target_logits[left.rows] = left.logits
-    try:
+    with left.in_place(target_logits):
         sampled = verify(**call)
-    finally:
-        target_logits[left.rows] = before  # vLLM may tell clients of log-probabilities, which are the target's.
     proposals.learn(target_logits, left.lessons)
     return sampled
 
