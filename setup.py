@@ -23,6 +23,7 @@ def extension(module: str, source: str) -> Extension:
 
 
 setup(
+    options={"build_ext": {"parallel": True}},  # A processor for each.
     ext_modules=cythonize(
         [
             extension("align._dtw", "csrc/dtw.pyx"),
@@ -33,5 +34,5 @@ setup(
         language_level=3,
         force=True,  # The switches above change what is generated, not the source.
         compiler_directives={"boundscheck": checks, "wraparound": False, "cdivision": True, "initializedcheck": checks},
-    )
+    ),
 )
