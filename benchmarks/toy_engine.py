@@ -48,6 +48,9 @@ def engine(pair: Pair, speculation: Mapping[str, Any] | None, seed: int, **argum
         "dtype": "float32", "max_model_len": 64, "max_num_seqs": 256, "max_num_batched_tokens": 4096,
         "enforce_eager": True, "enable_prefix_caching": False, "disable_log_stats": False,
     }  # fmt: skip
+    # vLLM collects garbage ten times in a start, and an engine that ends has thawed all that had been imported.
+    gc.collect()
+    gc.freeze()
     llm = LLM(str(pair.target), seed=seed, **{**defaults, **arguments})
     try:
         yield weakref.proxy(llm)  # A name that outlives the block shall not keep the engine.

@@ -54,7 +54,7 @@ TORCH_HINT = (
 )
 
 VERIFY = """
-import sys, torch, vllm, vllm_tokentiming.align.dtw
+import sys, torch, vllm.entrypoints.llm, vllm_tokentiming.align.dtw
 versions = f"Python {sys.version.split()[0]}, vLLM {vllm.__version__}, torch {torch.__version__}"
 print(f"ready: {versions}, kernels compiled")
 """

@@ -20,9 +20,9 @@ pytestmark = pytest.mark.engine
 FAMILY_LEVEL = 1e-4
 NUM_SAMPLINGS = 11  # Of the settings that are exact, all together.
 EXACT = {
-    "tokentiming": 8_000,
+    "tokentiming": 6_000,
     "no learning": 12_000,
-    "mixed batch": 3_000,
+    "mixed batch": 2_000,
     "lossy vocabularies": 3_000,
     "tli": 4_000,
     "seeded requests, adaptive length": 2_000,
@@ -31,8 +31,8 @@ EXACT = {
     "verification that fails": 3_000,
 }
 CONTROLS = {
-    "control: tokentiming-paper": 4_000,
-    "control: wrong temperature": 10_000,
+    "control: tokentiming-paper": 2_000,
+    "control: wrong temperature": 6_000,
     "control: wrong acceptance of blocks": 12_000,
 }
 ACCEPTANCE_OUTPUTS = 4_000

@@ -129,7 +129,7 @@ def _fork_for_jobs() -> None:
     importlib.import_module("vllm.entrypoints.llm")
     importlib.import_module("vllm.v1.engine.core")
     importlib.import_module("vllm.v1.worker.gpu_model_runner")
-    # vLLM collects garbage several times in every start; what is imported is none.
+    # What is imported is no garbage, for which vLLM looks several times in every start.
     gc.collect()
     gc.freeze()
     for line in sys.stdin:
@@ -180,6 +180,9 @@ def start(target: str = TARGET, **arguments: Any) -> Any:
     import torch
     from vllm import LLM
 
+    # vLLM collects garbage ten times in a start, and an engine that ends has thawed all that had been imported.
+    gc.collect()
+    gc.freeze()
     # Engines of the tests share an accelerator, of which vLLM takes nearly all and measures it as if nothing else ran.
     shared = {"gpu_memory_utilization": 0.08, "kv_cache_memory_bytes": 1 << 30} if torch.cuda.is_available() else {}
     return LLM(target, **{"disable_log_stats": False, "seed": 0, **shared, **arguments})

@@ -7,6 +7,7 @@ an object of vLLM's, and every argument that vLLM is given stands here.
 from __future__ import annotations
 
 import dis
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -272,6 +273,7 @@ def _has(owner: Any, attribute: str) -> bool:
     return any(attribute in vars(cls).get("__annotations__", ()) or _sets(cls, attribute) for cls in classes)
 
 
+@functools.cache  # Every start asks several times.
 def _sets(cls: type, attribute: str) -> bool:
     """Return whether a method of a class sets an attribute of its own object."""
     for member in vars(cls).values():
