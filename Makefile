@@ -26,7 +26,7 @@ PUBLISHED_ARGS = --target "$(PUBLISHED_TARGET)" --draft "$(PUBLISHED_DRAFT)" --p
 MEASURED = kernels overhead acceptance greedy repeatability speed draft_step \
 	$(if $(PUBLISHED_TARGET),acceptance_published repeatability_published startup)
 # Longer ones, which are asked for by name: make results-soak.
-LONG = speed_published serving scaling exactness learning pairs soak soak_pressure
+LONG = speed_published exactness_published serving scaling exactness learning pairs soak soak_pressure
 
 # Test files that run at a time.
 WORKERS ?= 2
@@ -186,6 +186,9 @@ results-scaling:
 
 results-exactness:
 	$(BENCH)/exactness.py --quick
+
+results-exactness_published:
+	$(BENCH)/exactness_published.py $(PUBLISHED_ARGS)
 
 results-learning:
 	$(BENCH)/learning.py

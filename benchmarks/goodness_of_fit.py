@@ -26,6 +26,11 @@ def noncentrality_for(freedom: int, level: float) -> float:
     return float(brentq(missing, 1e-6, 10 * (critical + 100)))
 
 
+def marginals_of(law: npt.NDArray[np.float64]) -> list[tuple[int, ...]]:
+    """Those of `MARGINALS` whose tokens a law has."""
+    return [axes for axes in MARGINALS if max(axes) < law.ndim]
+
+
 def marginal(law: npt.NDArray[np.float64], axes: Sequence[int]) -> npt.NDArray[np.float64]:
     """The joint law of some of the tokens."""
     return law.sum(tuple(axis for axis in range(law.ndim) if axis not in axes))
@@ -44,7 +49,7 @@ def pooled(probs: npt.NDArray[np.float64], number: int) -> npt.NDArray[np.int64]
 def sequences_needed(law: npt.NDArray[np.float64], level: float) -> int:
     """Outputs that show an error of `TOTAL_VARIATION` in any token or pair of neighbours; see above."""
     number = 1000
-    for axes in MARGINALS:
+    for axes in marginals_of(law):
         if len(axes) > 2:
             continue
         probs = marginal(law, axes)
@@ -61,17 +66,17 @@ def goodness_of_fit(law: npt.NDArray[np.float64], outputs: npt.NDArray[np.int64]
     """Hold counts against a law.
 
     Args:
-        law: `[cells] * DEPTH`.
-        outputs: `[n, DEPTH]`, cells.
+        law: An axis of cells for each token.
+        outputs: `[n, tokens]`, cells.
         level: Of each test.
 
     Returns:
-        One entry for each of `MARGINALS`. `tv` is the total variation between counts and law, over pools;
+        One entry for each of `marginals_of(law)`. `tv` is the total variation between counts and law, over pools;
         `tv_expected` what it would be on average were the law right; `tv_seen` the error that is seen with
         probability `POWER`.
     """
     number, entries = len(outputs), []
-    for axes in MARGINALS:
+    for axes in marginals_of(law):
         probs = marginal(law, axes)
         pools = pooled(probs, number)
         found = np.bincount(np.ravel_multi_index(tuple(outputs[:, axes].T), probs.shape), minlength=probs.size)

@@ -84,6 +84,8 @@ def results(data: Data) -> str:
     if "acceptance_published" in data:
         found = data["acceptance_published"]
         add(f"A published pair: {found['pair']}", tables.acceptance(found))
+    if "exactness_published" in data:
+        add("A published pair: exactness of sampled output", tables.exactness(data["exactness_published"]))
     if "speed_published" in data:
         add("A published pair: speed", other_speed(Suite(data["speed_published"])))
     if suite:

@@ -10,6 +10,7 @@ are integers. (vLLM's kernel for top-p does not run in it even so.) A step of an
 
 from __future__ import annotations
 
+import inspect
 import os
 import runpy
 import sys
@@ -55,6 +56,21 @@ def _with_boolean_masks(method: Any, place: int) -> Any:
     return wrapped
 
 
+# By module or class, what the interpreter replaces in it while a kernel runs: it looks for that in every call of every
+# function, which takes a fifth of its time.
+_BUILTINS = {
+    place: [(name, member) for name, member in inspect.getmembers(place) if tl.core.is_builtin(member)]
+    for place in (tl, tl.core, tl.tensor, tl.math, tl.core.tensor_descriptor_base)
+}
+
+
+def _patch_builtin(place: Any, builder: Any, scope: Any) -> None:
+    for name, member in _BUILTINS[place]:
+        if getattr(place, name) is member:  # Not replaced yet, by a function that calls this one.
+            interpreter._patch_attr(place, name, member, builder, scope)
+
+
+interpreter._patch_builtin = _patch_builtin
 triton.backends.backends["cpu"] = triton.backends.Backend(None, _Driver)
 libdevice.log1p, libdevice.isnan = _log1p, _isnan
 _builder = interpreter.InterpreterBuilder
