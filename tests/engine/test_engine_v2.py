@@ -24,7 +24,10 @@ MAX_LEN, MAX_TOKENS, FEW = 256, 8, 4
 WAYS: dict[str, tuple[dict, dict]] = {
     "tokentiming": ({}, {}),
     "one at a time": ({}, {"max_num_seqs": 1}),
-    "chunks and caches": ({}, {"max_num_batched_tokens": 64, "enable_prefix_caching": True, "block_size": 32}),
+    "chunks and caches": (
+        {},
+        {"max_num_batched_tokens": 64, "enable_prefix_caching": True, "block_size": 32, "enable_prompt_embeds": True},
+    ),
     "slem": ({"strategy": "slem"}, {}),
     "tli": ({"strategy": "tli"}, {}),
 }
@@ -98,11 +101,21 @@ def logprobs(llm: Any) -> list:
     ]
 
 
+def from_embeddings(llm: Any) -> list:
+    """What is written after prompts without tokens, beside one that has them."""
+    from safetensors.torch import load_file
+
+    vectors = load_file(f"{engine.TARGET}/model.safetensors")["model.embed_tokens.weight"].float()
+    prompts = texts(None)[:2]
+    without = [{"prompt_embeds": vectors[llm.get_tokenizer().encode(prompt)]} for prompt in prompts]
+    return engine.generate(llm, [*without, prompts[0]], engine.greedy(MAX_TOKENS))
+
+
 def write_everything() -> dict:
     """In a fresh process: plain, and with every strategy."""
-    plain = start()
+    plain = start(enable_prompt_embeds=True)
     found: dict = {"plain": write(plain), "logprobs": {"plain": logprobs(plain)}}
-    found |= {"counters": {}, "runner": {}, "known": {}}
+    found |= {"counters": {}, "runner": {}, "known": {}, "embeddings": [from_embeddings(plain)]}
     del plain
     for name in USUAL:
         draft, arguments = WAYS[name]
@@ -111,6 +124,8 @@ def write_everything() -> dict:
         if name == "tokentiming":
             found["sampled"] = sampled(llm)
         found["logprobs"][name] = logprobs(llm)
+        if arguments.get("enable_prompt_embeds"):
+            found["embeddings"].append(from_embeddings(llm))
         found["counters"][name] = engine.counters(llm)
         found["runner"][name] = type(engine.runner(llm)).__mro__[1].__module__
         found["known"][name] = len(engine.drafter(llm).sequences.by_request)
@@ -135,6 +150,12 @@ def test_greedy_output_is_plain_decodings(written, way):
 
 def test_a_seeded_request_writes_beside_others_what_it_writes_alone(written):
     assert written["sampled"]["together"] == written["sampled"]["alone"]
+
+
+def test_prompts_of_embeddings_are_continued_as_in_plain_decoding(written):
+    plain, ours = written["embeddings"]
+    assert ours == plain
+    assert plain[0] == plain[2]
 
 
 @EACH_WAY
