@@ -30,7 +30,7 @@ from vllm_tokentiming.draft.batch import RequestSnapshot
 from vllm_tokentiming.draft.counts import Counts
 from vllm_tokentiming.draft.distribution import DrawState
 from vllm_tokentiming.draft.learned_weights import LearnedWeights, Lesson
-from vllm_tokentiming.draft.length import Chain, FixedLength
+from vllm_tokentiming.draft.length import DraftPlan, FixedLength
 from vllm_tokentiming.draft.phase_clock import PhaseClock
 from vllm_tokentiming.draft.protocol import DraftModel, Span
 from vllm_tokentiming.draft.sequences import DraftSequence, DraftSequences
@@ -202,7 +202,7 @@ class Drafter:
         self._builder.finish_step(drafts, list(copies.values()))
         for draft in drafts:
             request = requests[draft.index]
-            request.drafted, request.chain = Drafted(draft.draft_ids, draft.proxy), draft.plan
+            request.drafted, request.plan = Drafted(draft.draft_ids, draft.proxy), draft.plan
             target_ids[draft.index] = draft.proposed_ids
             self.counts.proposed += len(target_ids[draft.index])
             if request.repeats is not None:
@@ -243,13 +243,15 @@ class Drafter:
             copy = repeats.find(snapshot.max_proposals) if snapshot.max_proposals else None
             if copy is None:
                 continue
-            fixed = snapshot.reproducible
-            number = self._length.worth_verifying(copy.survivals, len(batch), fixed=fixed)
+            reproducible = snapshot.reproducible
+            number = self._length.worth_verifying(copy.chances, len(batch), reproducible=reproducible)
             if not number:
                 continue
             copies[index] = copy.target_ids[:number]
-            price = self._length.price_of_draft(repeats.expected_passes, num_drafting, len(batch), fixed=fixed)
-            if sum(copy.survivals[:number]) >= repeats.expected_of_draft - price:
+            price = self._length.price_of_draft(
+                repeats.expected_passes, num_drafting, len(batch), reproducible=reproducible
+            )
+            if sum(copy.chances[:number]) >= repeats.expected_of_draft - price:
                 preferred.add(index)
         return copies, preferred
 
@@ -272,39 +274,39 @@ class Drafter:
             The drafts, the logits after what each has read, ``[drafts, draft vocabulary]``, if there are any drafts,
             and how many tokens have been read.
         """
-        could = self._chains(batch, requests, copying)
-        planned = {id(chain) for chain in self._length.plan(list(could.values()), len(batch))}
-        chains = {index: chain for index, chain in could.items() if id(chain) in planned}
-        self.counts.not_drafted["length"] += len(could) - len(chains)
-        if could and not chains:
+        could = self._plans(batch, requests, copying)
+        planned = set(self._length.plan(list(could.values()), len(batch)))
+        plans = {index: plan for index, plan in could.items() if plan in planned}
+        self.counts.not_drafted["length"] += len(could) - len(plans)
+        if could and not plans:
             return [], None, 0
-        present = {id(request) for request in requests}
-        wanted = [index for index, snapshot in enumerate(batch) if index in chains or snapshot.reading]
+        present = set(requests)
+        wanted = [index for index, snapshot in enumerate(batch) if index in plans or snapshot.reading]
         for index in wanted:
             if index not in followed:
                 self.sequences.commit(requests[index], batch[index])
         with_room = [
-            requests[index] for index in wanted if self.sequences.allocate(requests[index], present, index in chains)
+            requests[index] for index in wanted if self.sequences.allocate(requests[index], present, index in plans)
         ]
         self.clock.enter("read")
         num_read, read, logits = self.sequences.prefill(with_room)
         self.clock.enter("write")
-        places = {id(requests[index]): index for index in chains}
-        ready = [row for row, request in enumerate(read) if id(request) in places and request.is_prefilled]
-        self.counts.not_drafted["reading"] += sum(requests[index].row is not None for index in chains) - len(ready)
+        places = {requests[index]: index for index in plans}
+        ready = [row for row, request in enumerate(read) if request in places and request.is_prefilled]
+        self.counts.not_drafted["reading"] += sum(requests[index].row is not None for index in plans) - len(ready)
         if not ready or logits is None:
             return [], None, num_read
         if len(ready) < len(read):
             logits = logits[upload(ready, logits.device)]
         drafts = []
         for row in ready:
-            index = places[id(read[row])]
+            index = places[read[row]]
             snapshot = batch[index]
             allow_incomplete = self._builder.distribution.allows_incomplete(read[row].context.draft_ids)
             draw = self._draw_state(snapshot, allow_incomplete)
             # Its proposals must not tell other requests anything if a salt keeps it apart, or may.
             may_teach = draw.uses_learned and snapshot.cache_salt == ""
-            drafts.append(DraftState(index, chains[index], draw, snapshot.num_target, snapshot.greedy, may_teach))
+            drafts.append(DraftState(index, plans[index], draw, snapshot.num_target, snapshot.greedy, may_teach))
         return drafts, logits, num_read
 
     def _draw_state(self, snapshot: RequestSnapshot, allow_incomplete: bool) -> DrawState:
@@ -319,20 +321,20 @@ class Drafter:
         seed = sampling.seed + (learned.version << 64)
         return DrawState(dataclasses.replace(sampling, seed=seed), allow_incomplete, uses_learned=True)
 
-    def _chains(
+    def _plans(
         self, batch: Sequence[RequestSnapshot], requests: Sequence[DraftSequence], copying: set[int]
-    ) -> dict[int, Chain]:
-        """Return a chain for each request that could draft and does not copy, by its place in the batch."""
+    ) -> dict[int, DraftPlan]:
+        """Return a plan for each request that could draft and does not copy, by its place in the batch."""
         return {
-            index: Chain(
+            index: DraftPlan(
                 request.history,
                 snapshot.max_proposals,
-                lag=len(request.context.draft_ids)
+                num_unread=len(request.context.draft_ids)
                 - request.num_cached
                 + snapshot.num_target
                 - request.context.num_target,
                 sampled=snapshot.sampling is not None,
-                fixed=snapshot.reproducible,
+                reproducible=snapshot.reproducible,
             )
             for index, (request, snapshot) in enumerate(zip(requests, batch, strict=True))
             if snapshot.max_proposals and index not in copying
@@ -363,8 +365,8 @@ class Drafter:
             drafts = [draft for draft in drafts if not draft.done]
             going = self._length.go_on([draft.plan for draft in drafts])
             if len(going) < len(drafts):
-                ids = {id(chain) for chain in going}
-                drafts = [draft for draft in drafts if id(draft.plan) in ids]
+                kept = set(going)
+                drafts = [draft for draft in drafts if draft.plan in kept]
             if not drafts or num_drafted == self._max_draft_tokens:
                 return
             spans = []

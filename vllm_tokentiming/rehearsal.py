@@ -11,7 +11,8 @@ import torch
 
 from vllm_tokentiming.config import SettingsError
 from vllm_tokentiming.draft.distribution import DrawState
-from vllm_tokentiming.draft.length import Chain, History
+from vllm_tokentiming.draft.history import AcceptanceHistory
+from vllm_tokentiming.draft.length import DraftPlan
 from vllm_tokentiming.draft.protocol import DraftModel, Span
 from vllm_tokentiming.draft.sampling import DraftSampling
 from vllm_tokentiming.transfer.proposals import ProposalBuilder
@@ -62,7 +63,7 @@ def _step(model: DraftModel, builder: ProposalBuilder, spans: list[Span], num_pr
     drafts = [
         DraftState(
             index,
-            Chain(History(), num_proposals),
+            DraftPlan(AcceptanceHistory(), num_proposals),
             DrawState(sampling, uses_learned=True),
             position=0,
             greedy=True,

@@ -11,7 +11,8 @@ from accelerator import DEVICE, Accelerator, fetch
 
 from vllm_tokentiming.align.transducer import Transducer
 from vllm_tokentiming.draft.distribution import DrawState
-from vllm_tokentiming.draft.length import Chain, FixedLength, History
+from vllm_tokentiming.draft.history import AcceptanceHistory
+from vllm_tokentiming.draft.length import DraftPlan, FixedLength
 from vllm_tokentiming.draft.sampling import DraftSampling
 from vllm_tokentiming.tensors import add_at, upload
 from vllm_tokentiming.transfer.proposals import ProposalBuilder
@@ -53,7 +54,7 @@ def write(pair, strategy, kinds, device, pieces=False, accelerator=None):
     drafts = [
         DraftState(
             i,
-            Chain(History(), PROPOSALS),
+            DraftPlan(AcceptanceHistory(), PROPOSALS),
             DrawState(kind, allow_incomplete=pieces, uses_learned=True),
             position=7,
             may_teach=True,

@@ -29,137 +29,44 @@ from dataclasses import dataclass, field
 from statistics import median_low
 
 from vllm_tokentiming.draft.cost_table import CostTable
+from vllm_tokentiming.draft.history import AcceptanceHistory, AcceptanceRates, Backoff
 
-_BINS = 10
-_FORGET = 0.995  # Of a confidence's outcomes, per outcome.
-_FORGET_OWN = 0.98  # Of a request's, per step.
-_PRIOR = 4.0  # Tokens that a request begins with, in its history.
-_SHORTEST_PAUSE, _LONGEST_PAUSE = 2, 256
 _LEAST_GAIN = 1.01  # What promises less is not worth the risk that it is less than nothing.
 _PLAIN_EVERY, _PLAIN_AT_MOST_EVERY = 128, 4
-_USUAL_LAG = 4  # Once a request drafts, the draft has to read no more than this in a step.
+_USUAL_UNREAD = 4  # Once a request drafts, the draft has to read no more than this in a step.
 _STEPS_OF_USE = 32
 _TRIAL, _TRIAL_REQUESTS = 2, 8  # Proposals, and requests that stand for all, after a pause.
 # What requests with a seed reckon with, in passes of the target: a large target and a small draft.
 _FIXED_DRAFT_PASS, _FIXED_TOKEN = 0.05, 0.005
 
 
-class Pause:
-    """Steps without drafting, more and more of them, until it pays again."""
-
-    __slots__ = ("_length", "_made")
-
-    def __init__(self) -> None:
-        """Begin with the shortest."""
-        self.reset()
-
-    def reset(self) -> None:
-        """Drafting pays."""
-        self._length, self._made = _SHORTEST_PAUSE, 0
-
-    def over(self) -> bool:
-        """Count a step for which drafting does not seem to pay; whether to try it all the same."""
-        self._made += 1
-        if self._made <= self._length:
-            return False
-        self._length, self._made = min(2 * self._length, _LONGEST_PAUSE), 0
-        return True
-
-
-class History:
-    """How a request's drafts have done lately.
-
-    Attributes:
-        pause: Of this request.
-    """
-
-    __slots__ = ("_accepted", "_drafted", "_expected", "_proposed", "pause")
-
-    def __init__(self) -> None:
-        """Begin as if it had done as expected, one target token for each of the draft's."""
-        self._expected = self._accepted = self._drafted = self._proposed = _PRIOR
-        self.pause = Pause()
-
-    @property
-    def fortune(self) -> float:
-        """How much more often its drafts are accepted than others of the same confidence."""
-        return self._accepted / self._expected
-
-    @property
-    def ratio(self) -> float:
-        """Target tokens in a drafted token."""
-        return self._proposed / self._drafted
-
-    def learn(self, chances: Sequence[float], accepted: int, drafted: int, proposed: int) -> None:
-        """Take in a step: the chances of the drafted tokens whose fate is known, and how many were accepted."""
-        if not drafted:
-            return
-        self._expected = _FORGET_OWN * self._expected + sum(chances)
-        self._accepted = _FORGET_OWN * self._accepted + accepted
-        self._drafted = _FORGET_OWN * self._drafted + drafted
-        self._proposed = _FORGET_OWN * self._proposed + proposed
-        if accepted:
-            self.pause.reset()
-
-
-@dataclass
-class Chain:
+@dataclass(eq=False)
+class DraftPlan:
     """The drafting of one request in one step.
 
     Attributes:
         history: Of the request.
         max_proposals: Most target tokens to propose; lowered to try something out.
-        lag: Committed tokens that the draft has not read.
+        num_unread: Committed tokens that the draft has not read.
         sampled: Whether tokens are drawn rather than taken for their probability.
-        fixed: Whether it must depend on nothing but its own history.
-        survival: The chance that all that has been drafted is accepted.
-        least_rate: Tokens per second that whatever is added must yield.
+        reproducible: Whether it must depend on nothing but its own history.
+        acceptance_probability: The chance that all that has been drafted is accepted.
+        min_tokens_per_second: Tokens per second that whatever is added must yield.
         confidences: The draft's highest probability at each drafted token.
         chances: How often such tokens were accepted.
-        declined: Whether the next one was not worth proposing.
+        stopped_early: Whether the next one was not worth proposing.
     """
 
-    history: History
+    history: AcceptanceHistory
     max_proposals: int
-    lag: int = 1
+    num_unread: int = 1
     sampled: bool = False
-    fixed: bool = False
-    survival: float = 1.0
-    least_rate: float = 0.0
+    reproducible: bool = False
+    acceptance_probability: float = 1.0
+    min_tokens_per_second: float = 0.0
     confidences: list[float] = field(default_factory=list)
     chances: list[float] = field(default_factory=list)
-    declined: bool = False
-
-
-class _Chances:
-    """The share of drafted tokens that were accepted, by the draft's confidence.
-
-    Attributes:
-        mean: Of all, those included that were not worth proposing.
-    """
-
-    def __init__(self) -> None:
-        self._tried = [5.0] * _BINS
-        self._accepted = [5.0 * (0.2 + 0.75 * (i + 0.5) / _BINS) for i in range(_BINS)]
-        self._all_tried, self._all_accepted = 5.0, 3.0
-
-    def __call__(self, confidence: float) -> float:
-        i = min(int(confidence * _BINS), _BINS - 1)
-        return self._accepted[i] / self._tried[i]
-
-    @property
-    def mean(self) -> float:
-        return self._all_accepted / self._all_tried
-
-    def learn(self, confidence: float, accepted: bool) -> None:
-        i = min(int(confidence * _BINS), _BINS - 1)
-        self._tried[i] = _FORGET * self._tried[i] + 1
-        self._accepted[i] = _FORGET * self._accepted[i] + accepted
-        self.count(accepted)
-
-    def count(self, accepted: bool) -> None:
-        self._all_tried = _FORGET * self._all_tried + 1
-        self._all_accepted = _FORGET * self._all_accepted + accepted
+    stopped_early: bool = False
 
 
 @dataclass
@@ -191,69 +98,69 @@ class FixedLength:
     steps_paused = 0
     wants_plain = False
 
-    def plan(self, chains: Sequence[Chain], num_requests: int) -> list[Chain]:
+    def plan(self, plans: Sequence[DraftPlan], num_requests: int) -> list[DraftPlan]:
         """Decide at the beginning of a step who drafts.
 
         Args:
-            chains: Requests that could.
+            plans: Requests that could.
             num_requests: In the target's next pass.
 
         Returns:
             Those that do.
         """
-        return list(chains)
+        return list(plans)
 
-    def take(self, chain: Chain, confidence: float) -> bool:
+    def take(self, plan: DraftPlan, confidence: float) -> bool:
         """Decide whether a token of the draft's is to be proposed; does not know the token.
 
         Args:
-            chain: The request.
+            plan: The request.
             confidence: The highest probability of the draft's law; see the module.
         """
         return True
 
-    def go_on(self, chains: Sequence[Chain]) -> list[Chain]:
+    def go_on(self, plans: Sequence[DraftPlan]) -> list[DraftPlan]:
         """Decide who drafts another token.
 
         Args:
-            chains: Requests that could.
+            plans: Requests that could.
 
         Returns:
             Those that do.
         """
-        return list(chains)
+        return list(plans)
 
-    def learn(self, chain: Chain, accepted: int, rejected: bool, proposed: int) -> None:
+    def learn(self, plan: DraftPlan, accepted: int, rejected: bool, proposed: int) -> None:
         """Take in what became of a draft.
 
         Args:
-            chain: The request, as it was drafted.
+            plan: The request, as it was drafted.
             accepted: How many drafted tokens were accepted.
             rejected: Whether the one after them was rejected; if not, its fate is not known.
             proposed: How many target tokens were drafted.
         """
 
-    def worth_verifying(self, survivals: Sequence[float], num_requests: int, *, fixed: bool) -> int:
+    def worth_verifying(self, chances: Sequence[float], num_requests: int, *, reproducible: bool) -> int:
         """Decide how many proposals that take no pass of the draft are worth what they add to the target's pass.
 
         Args:
-            survivals: The chance of each to be accepted, falling.
+            chances: The chance of each to be accepted, falling.
             num_requests: In the target's next pass.
-            fixed: Whether it must depend on nothing but the request's own history.
+            reproducible: Whether it must depend on nothing but the request's own history.
 
         Returns:
             How many of them.
         """
-        return len(survivals)
+        return len(chances)
 
-    def price_of_draft(self, passes: float, num_drafting: int, num_requests: int, *, fixed: bool) -> float:
+    def price_of_draft(self, passes: float, num_drafting: int, num_requests: int, *, reproducible: bool) -> float:
         """Return how many target tokens are not written because a request drafts in this step.
 
         Args:
             passes: Expected draft tokens of the request.
             num_drafting: Requests that could draft in this step, with this one.
             num_requests: In the target's next pass.
-            fixed: As in ``worth_verifying``.
+            reproducible: As in ``worth_verifying``.
         """
         return 0.0
 
@@ -274,18 +181,18 @@ class AdaptiveLength(FixedLength):
         """Begin with nothing known."""
         self._target, self._first, self._later = CostTable(), CostTable(), CostTable()
         self._costs = _Costs(self._target, self._first, self._later)
-        self._chances = {False: _Chances(), True: _Chances()}
-        self._unlearned = _Chances()
+        self._chances = {False: AcceptanceRates(), True: AcceptanceRates()}
+        self._unlearned = AcceptanceRates()
         self._speed = 1.0  # How slow the machine is now; costs are kept relative to it.
         self._speeds: deque[float] = deque(maxlen=9)
-        self._pause = Pause()  # Of drafting as a whole.
+        self._backoff = Backoff()  # Of drafting as a whole.
         self._since_plain = 0
         self._token_seconds = 0.0  # What one more token adds to the target's pass.
 
-    def plan(self, chains: Sequence[Chain], num_requests: int) -> list[Chain]:
+    def plan(self, plans: Sequence[DraftPlan], num_requests: int) -> list[DraftPlan]:
         """See the base class."""
-        drafting = [chain for chain in chains if chain.fixed and self._plan_alone(chain)]
-        others = [chain for chain in chains if not chain.fixed]
+        drafting = [plan for plan in plans if plan.reproducible and self._plan_alone(plan)]
+        others = [plan for plan in plans if not plan.reproducible]
         self._since_plain += 1
         self.wants_plain = bool(others) and not drafting and self._is_plain_due(num_requests)
         if not others or self.wants_plain:
@@ -294,81 +201,83 @@ class AdaptiveLength(FixedLength):
             return drafting + others
         target = self._target
         self._token_seconds = (target(2 * num_requests) - target(num_requests)) / num_requests
-        first = 0.0 if drafting else self._first(sum(min(chain.lag, _USUAL_LAG) for chain in others))
+        first = 0.0 if drafting else self._first(sum(min(plan.num_unread, _USUAL_UNREAD) for plan in others))
         first += self._reading(others)
         plain, best = self._rates(others, num_requests, self._costs, first)
         self.steps_paused += 1
         if best > _LEAST_GAIN * plain:
             self.steps_paused = 0
-            self._pause.reset()
-            for chain in others:
-                chain.least_rate = best
-                worth = self._next(chain) >= best * self._token_seconds * chain.history.ratio
-                if worth or chain.history.pause.over():
-                    drafting.append(chain)
-        elif self._pause.over():
-            trial = sorted(others, key=lambda chain: chain.lag)[:_TRIAL_REQUESTS]
-            for chain in trial:
-                chain.max_proposals = min(chain.max_proposals, _TRIAL)
+            self._backoff.reset()
+            for plan in others:
+                plan.min_tokens_per_second = best
+                worth = self._next(plan) >= best * self._token_seconds * plan.history.tokens_per_draft_token
+                if worth or plan.history.backoff.over():
+                    drafting.append(plan)
+        elif self._backoff.over():
+            trial = sorted(others, key=lambda plan: plan.num_unread)[:_TRIAL_REQUESTS]
+            for plan in trial:
+                plan.max_proposals = min(plan.max_proposals, _TRIAL)
             drafting += trial
         return drafting
 
-    def take(self, chain: Chain, confidence: float) -> bool:
+    def take(self, plan: DraftPlan, confidence: float) -> bool:
         """See the base class."""
-        chance = self._unlearned.mean if chain.fixed else self._chances[chain.sampled](confidence)
-        survival = chain.survival * min(chance * chain.history.fortune, 0.99)
-        if survival < chain.least_rate * (_FIXED_TOKEN if chain.fixed else self._token_seconds):
-            chain.declined = True
+        chance = self._unlearned.mean if plan.reproducible else self._chances[plan.sampled](confidence)
+        acceptance_probability = plan.acceptance_probability * min(chance * plan.history.relative_acceptance, 0.99)
+        seconds = _FIXED_TOKEN if plan.reproducible else self._token_seconds
+        if acceptance_probability < plan.min_tokens_per_second * seconds:
+            plan.stopped_early = True
             return False
-        chain.survival = survival
-        chain.confidences.append(confidence)
-        chain.chances.append(chance)
+        plan.acceptance_probability = acceptance_probability
+        plan.confidences.append(confidence)
+        plan.chances.append(chance)
         return True
 
-    def go_on(self, chains: Sequence[Chain]) -> list[Chain]:
+    def go_on(self, plans: Sequence[DraftPlan]) -> list[DraftPlan]:
         """See the base class."""
         going = [
-            chain
-            for chain in chains
-            if chain.fixed and self._next(chain) >= chain.least_rate * (_FIXED_DRAFT_PASS + _FIXED_TOKEN)
+            plan
+            for plan in plans
+            if plan.reproducible and self._next(plan) >= plan.min_tokens_per_second * (_FIXED_DRAFT_PASS + _FIXED_TOKEN)
         ]
-        others = [chain for chain in chains if not chain.fixed]
+        others = [plan for plan in plans if not plan.reproducible]
         if not others or not self._later:
             return going + others
-        gains = [self._next(chain) for chain in others]
-        rate, tokens = others[0].least_rate, self._token_seconds
-        seconds = sum(chain.history.ratio for chain in others) * tokens + (0 if going else self._later(len(others)))
-        if sum(gains) < rate * seconds:
+        gains = [self._next(plan) for plan in others]
+        seconds = sum(plan.history.tokens_per_draft_token for plan in others) * self._token_seconds
+        if not going:
+            seconds += self._later(len(others))
+        if sum(gains) < others[0].min_tokens_per_second * seconds:
             return going
         return going + [
-            chain
-            for chain, gain in zip(others, gains, strict=True)
-            if gain >= chain.least_rate * tokens * chain.history.ratio
+            plan
+            for plan, gain in zip(others, gains, strict=True)
+            if gain >= plan.min_tokens_per_second * self._token_seconds * plan.history.tokens_per_draft_token
         ]
 
-    def learn(self, chain: Chain, accepted: int, rejected: bool, proposed: int) -> None:
+    def learn(self, plan: DraftPlan, accepted: int, rejected: bool, proposed: int) -> None:
         """See the base class."""
-        known = min(accepted + rejected, len(chain.confidences))
-        if not chain.fixed:
-            for place, confidence in enumerate(chain.confidences[:known]):
-                self._chances[chain.sampled].learn(confidence, place < accepted)
-            if chain.declined and not rejected:
-                self._chances[chain.sampled].count(False)
-        chain.history.learn(chain.chances[:known], accepted, len(chain.confidences), proposed)
+        known = min(accepted + rejected, len(plan.confidences))
+        if not plan.reproducible:
+            for place, confidence in enumerate(plan.confidences[:known]):
+                self._chances[plan.sampled].learn(confidence, place < accepted)
+            if plan.stopped_early and not rejected:
+                self._chances[plan.sampled].count(False)
+        plan.history.learn(plan.chances[:known], accepted, len(plan.confidences), proposed)
 
-    def worth_verifying(self, survivals: Sequence[float], num_requests: int, *, fixed: bool) -> int:
+    def worth_verifying(self, chances: Sequence[float], num_requests: int, *, reproducible: bool) -> int:
         """See the base class."""
-        if not (fixed or self._target):
-            return len(survivals)
-        number = 1 if fixed else num_requests
-        target = _FIXED_COSTS.target if fixed else self._target
+        if not (reproducible or self._target):
+            return len(chances)
+        number = 1 if reproducible else num_requests
+        target = _FIXED_COSTS.target if reproducible else self._target
         # What a token takes, times what is written meanwhile.
         least = (target(2 * number) - target(number)) / target(number)
-        return sum(survival >= least for survival in survivals)
+        return sum(acceptance_probability >= least for acceptance_probability in chances)
 
-    def price_of_draft(self, passes: float, num_drafting: int, num_requests: int, *, fixed: bool) -> float:
+    def price_of_draft(self, passes: float, num_drafting: int, num_requests: int, *, reproducible: bool) -> float:
         """See the base class."""
-        if fixed:
+        if reproducible:
             return _FIXED_DRAFT_PASS * passes / _FIXED_COSTS.target(1)
         if not (self._target and self._first and self._later):
             return 0.0
@@ -379,7 +288,7 @@ class AdaptiveLength(FixedLength):
     def _draft_seconds(self, passes: float, num_drafting: int) -> float:
         if not num_drafting:
             return 0.0
-        return self._first(_USUAL_LAG * num_drafting) + max(0.0, passes - 1) * self._later(num_drafting)
+        return self._first(_USUAL_UNREAD * num_drafting) + max(0.0, passes - 1) * self._later(num_drafting)
 
     def observe(self, kind: str, tokens: int, seconds: float) -> None:
         """See the base class."""
@@ -390,18 +299,18 @@ class AdaptiveLength(FixedLength):
         table = {"target": self._target, "first": self._first, "later": self._later}[kind]
         table.observe(tokens, seconds / self._speed)
 
-    def _reading(self, chains: Sequence[Chain]) -> float:
+    def _reading(self, plans: Sequence[DraftPlan]) -> float:
         """Return the cost of reading missed tokens, shared among the steps that use them."""
-        lag = sum(chain.lag for chain in chains)
-        usual = sum(min(chain.lag, _USUAL_LAG) for chain in chains)
-        return max(0.0, self._first(lag) - self._first(usual)) / _STEPS_OF_USE
+        num_unread = sum(plan.num_unread for plan in plans)
+        usual = sum(min(plan.num_unread, _USUAL_UNREAD) for plan in plans)
+        return max(0.0, self._first(num_unread) - self._first(usual)) / _STEPS_OF_USE
 
-    def _plan_alone(self, chain: Chain) -> bool:
-        plain, chain.least_rate = self._rates([chain], 1, _FIXED_COSTS, _FIXED_DRAFT_PASS)
-        if chain.least_rate > plain:
+    def _plan_alone(self, plan: DraftPlan) -> bool:
+        plain, plan.min_tokens_per_second = self._rates([plan], 1, _FIXED_COSTS, _FIXED_DRAFT_PASS)
+        if plan.min_tokens_per_second > plain:
             return True
-        chain.max_proposals = min(chain.max_proposals, _TRIAL)
-        return chain.history.pause.over()
+        plan.max_proposals = min(plan.max_proposals, _TRIAL)
+        return plan.history.backoff.over()
 
     def _is_plain_due(self, num_requests: int) -> bool:
         """Return whether to make a plain step, to measure its cost."""
@@ -411,29 +320,29 @@ class AdaptiveLength(FixedLength):
         self._since_plain = 0
         return True
 
-    def _mean(self, chain: Chain) -> float:
-        chances = self._unlearned if chain.fixed else self._chances[chain.sampled]
-        return min(chances.mean * chain.history.fortune, 0.99)
+    def _mean(self, plan: DraftPlan) -> float:
+        chances = self._unlearned if plan.reproducible else self._chances[plan.sampled]
+        return min(chances.mean * plan.history.relative_acceptance, 0.99)
 
-    def _next(self, chain: Chain) -> float:
+    def _next(self, plan: DraftPlan) -> float:
         """Target tokens that another draft token is expected to add."""
-        return chain.survival * self._mean(chain) * chain.history.ratio
+        return plan.acceptance_probability * self._mean(plan) * plan.history.tokens_per_draft_token
 
-    def _rates(self, chains: Sequence[Chain], num_requests: int, costs: _Costs, first: float) -> tuple[float, float]:
+    def _rates(self, plans: Sequence[DraftPlan], num_requests: int, costs: _Costs, first: float) -> tuple[float, float]:
         """Tokens per second without drafting, and with the best number of passes."""
         plain = best = num_requests / costs.target(num_requests)
         tokens = proposals = float(num_requests)
         draft_seconds = first
-        survivals = [1.0] * len(chains)
-        means = [self._mean(chain) for chain in chains]
-        for num_passes in range(1, max(chain.max_proposals for chain in chains) + 1):
-            for i, chain in enumerate(chains):
-                if num_passes * chain.history.ratio < chain.max_proposals + 1:
-                    survivals[i] *= means[i]
-                    tokens += survivals[i] * chain.history.ratio
-                    proposals += chain.history.ratio
+        chances = [1.0] * len(plans)
+        means = [self._mean(plan) for plan in plans]
+        for num_passes in range(1, max(plan.max_proposals for plan in plans) + 1):
+            for i, plan in enumerate(plans):
+                if num_passes * plan.history.tokens_per_draft_token < plan.max_proposals + 1:
+                    chances[i] *= means[i]
+                    tokens += chances[i] * plan.history.tokens_per_draft_token
+                    proposals += plan.history.tokens_per_draft_token
             if num_passes > 1:
-                draft_seconds += costs.later(len(chains))
+                draft_seconds += costs.later(len(plans))
             rate = tokens / (costs.target(proposals) + draft_seconds)
             if num_passes > 1 and rate < best:
                 break

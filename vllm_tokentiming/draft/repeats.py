@@ -126,12 +126,12 @@ class Copy:
     Attributes:
         target_ids: What followed the match.
         kind: The class of the match.
-        survivals: For each of them the chance that it is accepted.
+        chances: For each of them the chance that it is accepted.
     """
 
     target_ids: list[int]
     kind: int
-    survivals: list[float]
+    chances: list[float]
 
 
 @dataclass
@@ -201,8 +201,8 @@ class Repeats:
         others = self.others or _USUAL
         chance = self._outcomes.first[kind].value_of(others.first[kind])
         later = self._outcomes.later[kind].value_of(others.later[kind])
-        survivals = [chance * later**place for place in range(len(target_ids))]
-        self._candidate = Copy(target_ids, kind, survivals)
+        chances = [chance * later**place for place in range(len(target_ids))]
+        self._candidate = Copy(target_ids, kind, chances)
         return self._candidate
 
     @property

@@ -10,13 +10,14 @@ import torch
 from vllm_tokentiming.context import DraftContext, Drafted
 from vllm_tokentiming.draft.batch import RequestSnapshot
 from vllm_tokentiming.draft.counts import Counts
-from vllm_tokentiming.draft.length import Chain, FixedLength, History
+from vllm_tokentiming.draft.history import AcceptanceHistory
+from vllm_tokentiming.draft.length import DraftPlan, FixedLength
 from vllm_tokentiming.draft.protocol import DraftModel, Span
 from vllm_tokentiming.draft.repeats import Outcomes, Repeats
 from vllm_tokentiming.vocab.pair import VocabularyPair
 
 
-@dataclass
+@dataclass(eq=False)
 class DraftSequence:
     """One request, as the draft has it."""
 
@@ -25,8 +26,8 @@ class DraftSequence:
     row: int | None = None
     num_cached: int = 0  # Leading draft ids whose KV entries are in the row.
     drafted: Drafted | None = None  # What was drafted in the last step.
-    chain: Chain | None = None  # How much of it.
-    history: History = field(default_factory=History)
+    plan: DraftPlan | None = None  # How much of it.
+    history: AcceptanceHistory = field(default_factory=AcceptanceHistory)
     repeats: Repeats | None = None  # What may be copied, if anything may.
 
     @property
@@ -118,26 +119,24 @@ class DraftSequences:
         num_before = len(context.draft_ids)
         target_ids = snapshot.target_ids[context.num_target : snapshot.num_target].tolist()
         kept = context.commit(target_ids, request.drafted, snapshot.unread)
-        if request.drafted is not None and request.chain is not None:
-            proxy_ids = request.drafted.proxy.target_ids[: request.chain.max_proposals]
+        if request.drafted is not None and request.plan is not None:
+            proxy_ids = request.drafted.proxy.target_ids[: request.plan.max_proposals]
             rejected = target_ids[: len(proxy_ids)] != proxy_ids
-            self._length.learn(
-                request.chain, max(kept - num_before, 0), rejected, len(request.drafted.proxy.target_ids)
-            )
+            self._length.learn(request.plan, max(kept - num_before, 0), rejected, len(request.drafted.proxy.target_ids))
         self._counts.encoded += len(context.draft_ids) - kept
         # The last token of a context is always read again: its logits are what drafting starts from.
         standing = min(request.num_cached, kept)
         request.num_cached = min(standing, max(0, len(context.draft_ids) - 1))
         self._counts.kept += max(0, standing - num_before)
         self._counts.reread += standing - request.num_cached
-        request.drafted = request.chain = None
+        request.drafted = request.plan = None
 
-    def allocate(self, request: DraftSequence, present: set[int], drafts: bool) -> bool:
+    def allocate(self, request: DraftSequence, present: set[DraftSequence], drafts: bool) -> bool:
         """Find a row and blocks for a context and what may be drafted after it.
 
         Args:
             request: The sequence.
-            present: ``id`` of each sequence in the batch; the others may lose their blocks.
+            present: The sequences of the batch; the others may lose their blocks.
             drafts: Whether anything is to be drafted for it, and so, whether it counts if there is no room.
 
         Returns:
@@ -162,7 +161,7 @@ class DraftSequences:
                     self._counts.reused += max(0, request.num_cached - had)
                     return True
             # Requests that are not in the batch (preempted, or waiting their turn) can read their context again.
-            idle = next((r for r in self.by_request.values() if r.row is not None and id(r) not in present), None)
+            idle = next((r for r in self.by_request.values() if r.row is not None and r not in present), None)
             if idle is None:
                 # Its blocks are of use to others only: if all kept what they have, soon none could grow.
                 self._free(request)

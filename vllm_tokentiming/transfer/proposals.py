@@ -23,10 +23,11 @@ import torch
 
 from vllm_tokentiming.align.transducer import Transducer
 from vllm_tokentiming.config import MAX_DRAFT_IDS
-from vllm_tokentiming.draft.distribution import Choices, DraftDistribution, Truncate
+from vllm_tokentiming.draft.distribution import Choices, DraftDistribution
 from vllm_tokentiming.draft.learned_weights import LearnedWeights
 from vllm_tokentiming.draft.length import FixedLength
 from vllm_tokentiming.draft.sampling import uniforms
+from vllm_tokentiming.draft.shaping import Truncate
 from vllm_tokentiming.tensors import upload
 from vllm_tokentiming.transfer.paper import PaperTransfer
 from vllm_tokentiming.transfer.pushforward import PushForward

@@ -9,7 +9,7 @@ import torch
 
 from vllm_tokentiming.align.retokenize import Proxy
 from vllm_tokentiming.draft.distribution import Choices, DrawState
-from vllm_tokentiming.draft.length import Chain
+from vllm_tokentiming.draft.length import DraftPlan
 from vllm_tokentiming.transfer.stages import Stage
 
 
@@ -80,7 +80,7 @@ class DraftState:
     """
 
     index: int
-    plan: Chain
+    plan: DraftPlan
     draw: DrawState
     position: int
     greedy: bool = False

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_tokentiming.draft.cost_table import CostTable
-from vllm_tokentiming.draft.length import AdaptiveLength, Chain, FixedLength, History
+from vllm_tokentiming.draft.history import AcceptanceHistory
+from vllm_tokentiming.draft.length import AdaptiveLength, DraftPlan, FixedLength
 
 MOST = 8
 LENGTH_OF_REQUEST = 64
@@ -25,7 +26,7 @@ LENGTH_OF_REQUEST = 64
 class NoDraft(FixedLength):
     """Plain decoding."""
 
-    def plan(self, chains, num_requests):
+    def plan(self, plans, num_requests):
         return []
 
 
@@ -66,35 +67,36 @@ class World:
             number = self.batch + sum(len(request["fate"]) for request in requests)
             now += passes("target", number, 1 + self.token * number)
             for place, request in enumerate(requests):
-                fate, chain = request["fate"], request["chain"]
+                fate, plan = request["fate"], request["plan"]
                 accepted = fate.index(False) if False in fate else len(fate)
-                if chain is not None:
-                    length.learn(chain, accepted, accepted < len(fate), len(fate))
+                if plan is not None:
+                    length.learn(plan, accepted, accepted < len(fate), len(fate))
                 tokens += accepted + 1
-                request.update(left=request["left"] - accepted - 1, lag=request["lag"] + accepted + 1, fate=[])
+                request["left"] -= accepted + 1
+                request["num_unread"] += accepted + 1
+                request["fate"] = []
                 if request["left"] <= 0:
                     requests[place] = self.request(rng)
-            owners = {
-                id(c): r for r in requests if (c := Chain(r["history"], most, r["lag"])) and r.update(chain=c) is None
-            }
-            drafting = length.plan([request["chain"] for request in requests], self.batch)
-            planned = {id(chain) for chain in drafting}
             for request in requests:
-                if id(request["chain"]) not in planned:
-                    request["chain"] = None
-            kind, number = "first", sum(owners[id(chain)]["lag"] for chain in drafting)
-            for chain in drafting:
-                owners[id(chain)]["lag"] = 0
+                request["plan"] = DraftPlan(request["history"], most, request["num_unread"])
+            owners = {request["plan"]: request for request in requests}
+            drafting = length.plan([request["plan"] for request in requests], self.batch)
+            for request in requests:
+                if request["plan"] not in drafting:
+                    request["plan"] = None
+            kind, number = "first", sum(owners[plan]["num_unread"] for plan in drafting)
+            for plan in drafting:
+                owners[plan]["num_unread"] = 0
             while drafting:
                 now += passes(kind, number, self.draft + self.draft_token * number)
                 going = []
-                for chain in drafting:
+                for plan in drafting:
                     confidence = min(max(rng.betavariate(1.2, 1.2), 0.02), 0.98)
-                    request = owners[id(chain)]
-                    if length.take(chain, confidence):
+                    request = owners[plan]
+                    if length.take(plan, confidence):
                         request["fate"].append(rng.random() < confidence * request["quality"])
-                        if len(request["fate"]) < chain.max_proposals:
-                            going.append(chain)
+                        if len(request["fate"]) < plan.max_proposals:
+                            going.append(plan)
                 drafting = length.go_on(going)
                 kind, number = "later", len(drafting)
         return tokens / now
@@ -102,8 +104,8 @@ class World:
     def request(self, rng: random.Random) -> dict:
         """A new one."""
         return {
-            "history": History(), "left": LENGTH_OF_REQUEST, "quality": rng.choice(self.qualities),
-            "lag": 20, "fate": [], "chain": None,
+            "history": AcceptanceHistory(), "left": LENGTH_OF_REQUEST, "quality": rng.choice(self.qualities),
+            "num_unread": 20, "fate": [], "plan": None,
         }  # fmt: skip
 
 
@@ -150,21 +152,21 @@ def test_where_drafting_does_not_pay_next_to_nothing_is_lost(name):
     assert world.rate(AdaptiveLength()) > 0.98 * plain
 
 
-def decisions(length: AdaptiveLength, confidences: list[float], others: list[Chain]) -> list:
+def decisions(length: AdaptiveLength, confidences: list[float], others: list[DraftPlan]) -> list:
     """What a seeded request does in some steps, in company."""
-    history, found = History(), []
+    history, found = AcceptanceHistory(), []
     for step in range(60):
-        chain = Chain(history, 5, fixed=True)
-        planned = [c for c in length.plan([chain, *others], 1 + len(others)) if c is chain]
+        plan = DraftPlan(history, 5, reproducible=True)
+        planned = [c for c in length.plan([plan, *others], 1 + len(others)) if c is plan]
         taken = []
         for confidence in confidences:
-            if not planned or not length.take(chain, confidence):
+            if not planned or not length.take(plan, confidence):
                 break
             taken.append(confidence)
-            planned = [c for c in length.go_on([chain]) if c is chain]
+            planned = [c for c in length.go_on([plan]) if c is plan]
         accepted = min(step % 3, len(taken))
         if taken:
-            length.learn(chain, accepted, accepted < len(taken), len(taken))
+            length.learn(plan, accepted, accepted < len(taken), len(taken))
         found.append(taken)
     return found
 
@@ -175,7 +177,7 @@ def test_a_request_with_a_seed_depends_on_its_own_history_alone(confidences, num
     alone = decisions(AdaptiveLength(), confidences, [])
     experienced = AdaptiveLength()
     World(qualities=(0.2,)).rate(experienced, steps=50)
-    assert decisions(experienced, confidences, [Chain(History(), 5) for _ in range(number)]) == alone
+    assert decisions(experienced, confidences, [DraftPlan(AcceptanceHistory(), 5) for _ in range(number)]) == alone
 
 
 @examples(40)
@@ -197,33 +199,35 @@ def measured(token: float = 0.1, draft: float = 0.2) -> AdaptiveLength:
     return length
 
 
-SURVIVALS = [0.9, 0.5, 0.2, 0.05, 0.001]
+CHANCES = [0.9, 0.5, 0.2, 0.05, 0.001]
 
 
 @pytest.mark.parametrize("number", [1, 4, 16])
 def test_as_many_proposals_without_a_pass_are_verified_as_are_worth_their_place_in_the_targets_pass(number):
     length = measured()
-    worth = length.worth_verifying(SURVIVALS, number, fixed=False)
+    worth = length.worth_verifying(CHANCES, number, reproducible=False)
     seconds = 1 + 0.1 * number
-    assert all(survival >= 0.1 * number / seconds for survival in SURVIVALS[:worth])
-    assert all(survival < 0.1 * number / seconds for survival in SURVIVALS[worth:])
-    assert 0 < worth < len(SURVIVALS)
-    assert FixedLength().worth_verifying(SURVIVALS, number, fixed=False) == len(SURVIVALS)
-    assert AdaptiveLength().worth_verifying(SURVIVALS, number, fixed=False) == len(SURVIVALS), "nothing is known"
+    assert all(acceptance_probability >= 0.1 * number / seconds for acceptance_probability in CHANCES[:worth])
+    assert all(acceptance_probability < 0.1 * number / seconds for acceptance_probability in CHANCES[worth:])
+    assert 0 < worth < len(CHANCES)
+    assert FixedLength().worth_verifying(CHANCES, number, reproducible=False) == len(CHANCES)
+    assert AdaptiveLength().worth_verifying(CHANCES, number, reproducible=False) == len(CHANCES), "nothing is known"
 
 
 def test_the_price_of_a_draft_is_what_the_target_could_have_written_meanwhile():
     passes = 4
-    assert measured().price_of_draft(passes, 1, 1, fixed=False) == pytest.approx(passes * 0.2 / 1.1)
-    assert measured().price_of_draft(passes, 8, 8, fixed=False) == pytest.approx(0), "the others draft anyway"
-    assert FixedLength().price_of_draft(passes, 1, 1, fixed=False) == 0
-    assert AdaptiveLength().price_of_draft(passes, 1, 1, fixed=False) == 0, "nothing is known"
+    assert measured().price_of_draft(passes, 1, 1, reproducible=False) == pytest.approx(passes * 0.2 / 1.1)
+    assert measured().price_of_draft(passes, 8, 8, reproducible=False) == pytest.approx(0), "the others draft anyway"
+    assert FixedLength().price_of_draft(passes, 1, 1, reproducible=False) == 0
+    assert AdaptiveLength().price_of_draft(passes, 1, 1, reproducible=False) == 0, "nothing is known"
 
 
 def test_neither_depends_on_measured_costs_for_a_request_with_a_seed():
     ways = (AdaptiveLength(), measured(), measured(token=0.5, draft=3.0))
-    assert len({length.worth_verifying(SURVIVALS, number, fixed=True) for length in ways for number in (1, 9)}) == 1
-    prices = {length.price_of_draft(4, number, number, fixed=True) for length in ways for number in (1, 9)}
+    assert (
+        len({length.worth_verifying(CHANCES, number, reproducible=True) for length in ways for number in (1, 9)}) == 1
+    )
+    prices = {length.price_of_draft(4, number, number, reproducible=True) for length in ways for number in (1, 9)}
     assert len(prices) == 1 and prices.pop() > 0
 
 
@@ -231,7 +235,7 @@ def test_a_step_that_is_to_show_the_targets_cost_is_told_apart():
     length = measured()
     wanted = []
     for _ in range(300):
-        planned = length.plan([Chain(History(), MOST)], 1)
+        planned = length.plan([DraftPlan(AcceptanceHistory(), MOST)], 1)
         wanted.append(length.wants_plain)
         assert not (length.wants_plain and planned)
     assert 0 < sum(wanted) < 10
@@ -239,13 +243,13 @@ def test_a_step_that_is_to_show_the_targets_cost_is_told_apart():
 
 
 def test_a_seeded_request_whose_drafts_fail_is_tried_ever_more_rarely():
-    length, history, drafted = AdaptiveLength(), History(), []
+    length, history, drafted = AdaptiveLength(), AcceptanceHistory(), []
     for step in range(2000):
-        chain = Chain(history, 5, fixed=True)
-        if length.plan([chain], 1):
+        plan = DraftPlan(history, 5, reproducible=True)
+        if length.plan([plan], 1):
             drafted.append(step)
-            if length.take(chain, 0.3):
-                length.learn(chain, 0, True, 1)
+            if length.take(plan, 0.3):
+                length.learn(plan, 0, True, 1)
     assert len(drafted) < 200
     assert drafted[-1] - drafted[-2] > 200
 

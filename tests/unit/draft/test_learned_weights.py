@@ -11,8 +11,9 @@ from truncation import truncate
 
 from vllm_tokentiming.align.transducer import Transducer
 from vllm_tokentiming.draft.distribution import DrawState
+from vllm_tokentiming.draft.history import AcceptanceHistory
 from vllm_tokentiming.draft.learned_weights import FIRST_SQUARES, KEPT, LARGEST, MEMORY, RATE, LearnedWeights
-from vllm_tokentiming.draft.length import Chain, FixedLength, History
+from vllm_tokentiming.draft.length import DraftPlan, FixedLength
 from vllm_tokentiming.draft.sampling import DraftSampling
 from vllm_tokentiming.transfer.proposals import ProposalBuilder
 from vllm_tokentiming.transfer.state import DraftState
@@ -156,7 +157,7 @@ def drafted(builder, users, teachers=(), number=6, pieces=False):
     drafts = [
         DraftState(
             i,
-            Chain(History(), PROPOSALS),
+            DraftPlan(AcceptanceHistory(), PROPOSALS),
             DrawState(DraftSampling(i, 1.0), allow_incomplete=pieces, uses_learned=i in users),
             position=7,
             may_teach=i in teachers,

@@ -114,7 +114,7 @@ class Request:
 
 def first_chance(repeats):
     copy = repeats.find(5)
-    return copy.survivals[0]
+    return copy.chances[0]
 
 
 LINE = [10, 11, 12, 13, 14, 15, 16]
@@ -137,7 +137,7 @@ def test_a_copy_that_the_target_does_not_write_is_expected_less_and_more_again()
     while request.num_target + 1 < len(text):
         copy = request.step()
         if copy and copy.kind == 0 and text[request.num_target - 3 : request.num_target - 1] == [1, 2]:
-            chances.append(copy.survivals[0])
+            chances.append(copy.chances[0])
     assert len(chances) == len(changes) + len(stays) - 1
     # In the end every other copy after so short a match is accepted: that of 60, and not that of what follows it.
     assert chances[len(changes)] < 0.1 < chances[0] < 0.4 < chances[-1] < 0.6

@@ -12,11 +12,11 @@ from vllm_tokentiming.draft.distribution import (
     MIN_PENDING_PROBABILITY,
     DraftDistribution,
     DrawState,
-    draw,
-    shape,
 )
-from vllm_tokentiming.draft.length import Chain, FixedLength, History
+from vllm_tokentiming.draft.history import AcceptanceHistory
+from vllm_tokentiming.draft.length import DraftPlan, FixedLength
 from vllm_tokentiming.draft.sampling import DraftSampling, seed_of, uniforms
+from vllm_tokentiming.draft.shaping import draw, shape
 from vllm_tokentiming.transfer import proposals as proposals_module
 from vllm_tokentiming.transfer.proposals import ProposalBuilder
 from vllm_tokentiming.transfer.pushforward import PushForward
@@ -214,7 +214,7 @@ def test_uniform_numbers_depend_on_seed_and_position_alone():
 
 
 def draft_state(index, sampling, position, max_proposals=3):
-    return DraftState(index, Chain(History(), max_proposals), DrawState(sampling), position)
+    return DraftState(index, DraftPlan(AcceptanceHistory(), max_proposals), DrawState(sampling), position)
 
 
 def draft_all(builder, sizes, drafts, passes=4, seed=0):

@@ -12,7 +12,8 @@ from truncation import truncate
 
 from vllm_tokentiming.align.transducer import Transducer, Waits
 from vllm_tokentiming.draft.distribution import DrawState
-from vllm_tokentiming.draft.length import Chain, FixedLength, History
+from vllm_tokentiming.draft.history import AcceptanceHistory
+from vllm_tokentiming.draft.length import DraftPlan, FixedLength
 from vllm_tokentiming.draft.sampling import DraftSampling
 from vllm_tokentiming.transfer.proposals import ProposalBuilder
 from vllm_tokentiming.transfer.stages import Groups, Stage
@@ -170,7 +171,7 @@ def test_no_draw_of_a_proposal_is_left_out_where_the_target_cannot_write_what_wa
     emoji = sorted(set(pair.draft.encoder.encode("🙂🙃🦀🧵🪐🫠🥝".encode())))
     vanished = 0
     for seed in range(20):
-        draft = DraftState(0, Chain(History(), 3), DrawState(DraftSampling(seed, 1.0)), position=seed)
+        draft = DraftState(0, DraftPlan(AcceptanceHistory(), 3), DrawState(DraftSampling(seed, 1.0)), position=seed)
         builder.start_step([draft])
         for number in range(6):
             before = len(draft.emission.stages)
@@ -198,7 +199,7 @@ def test_the_stages_of_a_proposal_begin_with_nothing_pending_and_the_last_one_ca
     builder = make_builder(embedded.pair, max_draft_tokens=4)
     kinds = {"committed": 0, "ended": 0, "several": 0}
     for seed in range(60):
-        draft = DraftState(0, Chain(History(), 3), DrawState(DraftSampling(seed, 1.0)), position=seed)
+        draft = DraftState(0, DraftPlan(AcceptanceHistory(), 3), DrawState(DraftSampling(seed, 1.0)), position=seed)
         builder.start_step([draft])
         for number in range(1 + seed % 4):
             logits = torch.randn(1, sizes[0], generator=torch.Generator().manual_seed(100 * seed + number))
