@@ -21,7 +21,7 @@ FAMILY_LEVEL = 1e-4
 NUM_SAMPLINGS = 11  # Of the settings that are exact, all together.
 EXACT = {
     "tokentiming": 6_000,
-    "no learning": 12_000,
+    "no learning": 18_000,
     "mixed batch": 2_000,
     "lossy vocabularies": 3_000,
     "tli": 4_000,
@@ -33,7 +33,7 @@ EXACT = {
 CONTROLS = {
     "control: tokentiming-paper": 2_000,
     "control: wrong temperature": 6_000,
-    "control: wrong acceptance of blocks": 12_000,
+    "control: wrong acceptance of blocks": 18_000,
 }
 ACCEPTANCE_OUTPUTS = 4_000
 BATCH = 16
