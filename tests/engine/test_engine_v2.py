@@ -123,9 +123,9 @@ def write_everything() -> dict:
         found[name] = write(llm, 1 if name == "tokentiming" else 4)
         if name == "tokentiming":
             found["sampled"] = sampled(llm)
-        found["logprobs"][name] = logprobs(llm)
         if arguments.get("enable_prompt_embeds"):
             found["embeddings"].append(from_embeddings(llm))
+        found["logprobs"][name] = logprobs(llm)
         found["counters"][name] = engine.counters(llm)
         found["runner"][name] = type(engine.runner(llm)).__mro__[1].__module__
         found["known"][name] = len(engine.drafter(llm).sequences.by_request)
