@@ -58,7 +58,7 @@ class ProposalBuilder:
             there is not ``memory`` enough, or vLLM may cut the proposals of a request with a ``grammar``.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (it puts together all that a strategy needs)
         self,
         pair: VocabularyPair,
         transducer: Transducer,
@@ -89,7 +89,7 @@ class ProposalBuilder:
             max_q_bytes: Most memory for ``q`` and the copy of it that vLLM verifies; 0 to draft greedily for all, with
                 one-hot ``q``.
             length: Decides whether a token is proposed.
-            truncate: Cuts off what top-k and top-p leave out (``draft/distribution.py``).
+            truncate: Cuts off what top-k and top-p leave out (``draft/shaping.py``).
             verify_blocks: Whether drawn proposals are verified in blocks, or one by one.
             learns: Whether the draft's distribution learns from verified positions (``draft/learned_weights.py``).
 
