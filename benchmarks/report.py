@@ -112,16 +112,16 @@ def results(data: Data) -> str:
 def readme_part(data: Data) -> str:
     """What stands between the two marks in `README.md`: tokens per pass, what repeats itself, links to the reports."""
     lines = []
-    for name in ("acceptance_published", "acceptance"):
-        if name in data:
-            found = data[name]
-            settings = found["settings"]
-            lines.append(
-                f"Tokens per target pass, {found['pair']}: "
-                f"{settings['num_prompts'] * len(settings['workloads'])} held-out prompts, "
-                f"{settings['tokens']} tokens each, always {settings['proposals']} proposals, all methods in one run, "
-                f"95 % intervals.\n\n{tables.Accepted(found).table()}{origin(found)}"
-            )
+    if accepted := [name for name in ("acceptance_published", "acceptance") if name in data]:
+        found = data[accepted[0]]
+        settings, made = found["settings"], found["provenance"]
+        lines.append(
+            f"Tokens per target pass, {found['pair']}: "
+            f"{settings['num_prompts'] * len(settings['workloads'])} held-out prompts, "
+            f"{settings['tokens']} tokens each, always {settings['proposals']} proposals, all methods in one run, "
+            f"95 % intervals; {'; '.join([*found.get('departures', ()), made['hardware']])}.\n\n"
+            f"{tables.Accepted(found).table()}"
+        )
     lines += [
         tables.repeatability_in_short(data[name])
         for name in ("repeatability_published", "repeatability")
@@ -130,8 +130,8 @@ def readme_part(data: Data) -> str:
     if not lines:
         lines.append("There is no measurement of this version yet; `make results` makes one.\n")
     reports = ["benchmarks/RESULTS.md", *(name for name, (source, _) in REPORTS.items() if source in data)]
-    links = "\n".join(f"- [{Path(name).name}]({name}): {LINKS[name]}" for name in reports)
-    return "\n".join([*lines, f"In full:\n\n{links}\n"])
+    links = "; ".join(f"[{Path(name).name}]({name}), {LINKS[name]}" for name in reports)
+    return "\n".join([*lines, f"In full: {links}.\n"])
 
 
 def with_part(readme: str, part: str) -> str:

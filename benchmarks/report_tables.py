@@ -49,12 +49,13 @@ class Accepted:
         return f"{outputs - different} of {outputs}" if rows else ""
 
     def table(self) -> str:
-        """Tokens per pass by method and temperature."""
+        """Tokens per pass by method and temperature; plain decoding's is 1."""
         greedy = any(self.greedy(method) for method in self.methods)
         head = ["tokens per pass", *(f"T = {t:g}" for t in self.temperatures), *["greedy outputs kept"] * greedy]
         rows = [
             (m, *(self.tokens_per_pass(m, t) for t in self.temperatures), *[self.greedy(m)] * greedy)
             for m in self.methods
+            if m != PLAIN
         ]
         return table(head, rows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import engine
@@ -14,11 +15,13 @@ pytestmark = pytest.mark.engine
 
 NUM_PROMPTS = 12
 TOKENS = 16
-COUNTED = ("vllm:spec_decode_num_accepted_tokens", "vllm:tokentiming_draft_passes")
+COUNTED = ("vllm:spec_decode_num_accepted_tokens", "vllm:tokentiming_draft_passes", "vllm:tokentiming_lessons")
 
 
 def _outputs(**arguments) -> dict:
-    """Outputs of one engine for greedy and for seeded sampled requests, in one batch, and accepted tokens."""
+    """Outputs of one engine for greedy and for seeded sampled requests, in one batch, then for others that teach it."""
+    # Drafts of requests without a seed depend on their ids.
+    os.environ["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"
     llm = engine.start_exact(**arguments)
     prompts = [text for text in texts()[:NUM_PROMPTS] for _ in range(2)]
     sampling = [
@@ -27,8 +30,9 @@ def _outputs(**arguments) -> dict:
         for parameters in (engine.greedy(TOKENS), engine.greedy(TOKENS, temperature=0.8, top_p=0.95, seed=seed))
     ]
     written = engine.generate(llm, prompts, sampling)
+    unseeded = engine.generate(llm, prompts, engine.greedy(TOKENS, temperature=0.8))
     counted = {m.name: m.value for m in llm.get_metrics() if m.name in COUNTED}
-    return {"greedy": written[::2], "sampled": written[1::2], "counted": counted}
+    return {"greedy": written[::2], "sampled": written[1::2], "unseeded": unseeded, "counted": counted}
 
 
 def _plain() -> dict:
@@ -61,6 +65,11 @@ def test_two_ranks_draft_as_one_does(sharded, alone):
     # Passes are counted once, not once a rank.
     assert sharded["counted"] == alone["counted"]
     assert sorted(sharded["counted"]) == sorted(COUNTED)
+
+
+def test_two_ranks_draft_alike_with_what_the_first_one_has_learned(sharded, alone):
+    assert sharded["counted"]["vllm:tokentiming_lessons"] > 100
+    assert sharded["unseeded"] == alone["unseeded"]
 
 
 @longer
