@@ -23,7 +23,6 @@ from provenance import ROOT
 from report_languages import languages
 from report_learning import learning
 from report_pairs import pairs
-from report_parts import origin
 from report_soak import soak
 from report_speed import Suite, in_short, other_speed, speed, varies
 from report_values import values_of
