@@ -86,6 +86,7 @@ SETTINGS = (
     Setting("plain decoding", speculation=None),
     Setting("tokentiming"),
     Setting("temperature 0.5", samplings=(Sampling(temperature=0.5),)),
+    Setting("temperature 0.7", samplings=(Sampling(temperature=0.7),)),
     Setting("temperature 1.3", samplings=(Sampling(temperature=1.3),)),
     Setting("top-k", samplings=(Sampling(top_k=5),)),
     Setting("top-p", samplings=(Sampling(top_p=0.8),)),
