@@ -10,6 +10,7 @@ are integers. (vLLM's kernel for top-p does not run in it even so.) A step of an
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import runpy
@@ -71,6 +72,18 @@ def _patch_builtin(place: Any, builder: Any, scope: Any) -> None:
 
 
 interpreter._patch_builtin = _patch_builtin
+# An accelerator does not look for overflows either, and hashes overflow on purpose. A third of the time.
+interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+_np_dtype_of_scalar = functools.cache(interpreter._get_np_dtype)
+
+
+def _get_np_dtype(tt_dtype: Any) -> Any:
+    """Look up what is asked for in every operation, for which the interpreter makes a table each time."""
+    scalar = tt_dtype.scalar
+    return np.dtype(np.uint64) if isinstance(scalar, tl.pointer_type) else _np_dtype_of_scalar(scalar)
+
+
+interpreter._get_np_dtype = _get_np_dtype
 triton.backends.backends["cpu"] = triton.backends.Backend(None, _Driver)
 libdevice.log1p, libdevice.isnan = _log1p, _isnan
 _builder = interpreter.InterpreterBuilder
