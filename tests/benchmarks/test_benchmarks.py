@@ -3,13 +3,14 @@
 import argparse
 from pathlib import Path
 
-import conditions
 import engine
 import pytest
 from conftest import longer
-from grid import VLLM_METHODS, with_draft
-from learning import gains
-from serving import flags_of
+
+from benchmarks.acceptance.learning import gains
+from benchmarks.common.grid import VLLM_METHODS, with_draft
+from benchmarks.engines import conditions
+from benchmarks.speed.serving import flags_of
 
 PROMPTS = ["Once upon a time there was", "def read(self):\n    "]
 
@@ -56,10 +57,10 @@ def test_a_run_that_was_cut_off_keeps_results_until_the_job_or_the_commit_is_ano
     calls = []
     monkeypatch.setattr(conditions, "RAW", tmp_path)
     monkeypatch.setattr(conditions, "revision", lambda: dict(at))
-    monkeypatch.setattr(conditions, "run_python", lambda script, job: calls.append(job) or {"number": len(calls)})
+    monkeypatch.setattr(conditions, "run_python", lambda module, job: calls.append(job) or {"number": len(calls)})
 
     def number(job: dict) -> int:
-        return conditions.run_once("measure_vllm.py", job, "table/plain")["number"]
+        return conditions.run_once("benchmarks.engines.measure_vllm", job, "table/plain")["number"]
 
     assert [number({"tokens": 1}), number({"tokens": 1})] == [1, 1]
     assert [number({"tokens": 2}), number({"tokens": 2})] == [2, 2]
@@ -87,7 +88,7 @@ def test_an_engine_in_processes_of_its_own_tells_its_conditions_counts_and_times
         "target": engine.TARGET, "speculative": speculative, "engine": {"enforce_eager": True, "dtype": "float32"},
         "seed": 0, "tokens": 12, "temperatures": [0.0], "seeded": True, "cases": [case],
     }  # fmt: skip
-    found = conditions.run_python("measure_vllm.py", job)
+    found = conditions.run_python("benchmarks.engines.measure_vllm", job)
     assert found["conditions"]["dtype"] == "float32"
     assert found["conditions"]["compiled"] is False
     assert found["conditions"]["threads"] >= 1

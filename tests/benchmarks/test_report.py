@@ -4,16 +4,16 @@ import json
 import subprocess
 import sys
 
-import conclusions
 import numpy as np
-import provenance
 import pytest
-import report
-from grid import GRIDS, METHODS, baseline
-from reduce import reduced
-from report_speed import Suite
-from results import compare, ratio_of_sums
-from workloads import loops
+
+from benchmarks.common import provenance
+from benchmarks.common.grid import GRIDS, METHODS, baseline
+from benchmarks.common.reduce import reduced
+from benchmarks.common.workloads import loops
+from benchmarks.report import conclusions, report
+from benchmarks.report.results import compare, ratio_of_sums
+from benchmarks.report.speed import Suite
 
 ROOT = provenance.ROOT
 TEXT = [list(range(number, number + 21)) for number in (0, 100, 200)]
@@ -98,7 +98,7 @@ def differences(folder):
 
 def test_the_committed_reports_are_written_from_the_committed_data():
     found = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks/report.py"), "--check"], capture_output=True, text=True
+        [sys.executable, "-m", "benchmarks.report.report", "--check"], capture_output=True, text=True
     )
     assert found.returncode == 0, found.stderr
 
@@ -118,7 +118,7 @@ def test_the_check_says_what_differs_and_fails(tmp_path):
     folder = written(tmp_path, acceptance=accepted())
     (folder / "benchmarks/RESULTS.md").write_text("On an accelerator, it is a few launches.\n")
     found = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks/report.py"), "--check", "--root", str(folder)],
+        [sys.executable, "-m", "benchmarks.report.report", "--check", "--root", str(folder)],
         capture_output=True, text=True,
     )  # fmt: skip
     assert found.returncode == 1
