@@ -40,7 +40,7 @@ from benchmarks.common import workloads
 from benchmarks.common.provenance import DATA, ROOT, provenance, write_data
 from benchmarks.engines.conditions import departures
 from benchmarks.report.soak import FAILURES, soak_text
-from benchmarks.soak import requests as soak_requests
+from benchmarks.soak.kinds import Requests
 from benchmarks.soak.requests import (
     BASE,
     FINISH,
@@ -51,7 +51,6 @@ from benchmarks.soak.requests import (
     NearTie,
     Reference,
     Request,
-    Requests,
     Wrong,
 )
 from benchmarks.speed.serving import fetch, flags_of, server
@@ -61,7 +60,8 @@ ENGINE = {"dtype": "float32", "max_num_seqs": SEQUENCES, "max_model_len": MAX_LE
 TARGET_BLOCKS, DRAFT_BLOCKS = 40, 45  # A request of the greatest length needs 16.
 LENGTHS, WRITTEN = (1, 30, 250), 48  # Tokens of the greedy requests' prompts, and of their outputs.
 REST_SECONDS, WATCH_SECONDS = 60, 2
-NEAR_TIE_IN_BFLOAT16 = 0.25  # Nats: two steps between neighbours of the largest logits.
+# Nats, in float32 and in bfloat16, where it is two steps between neighbours of the largest logits.
+NEAR_TIE, NEAR_TIE_IN_BFLOAT16 = 1e-3, 0.25
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}  # Bytes; fixed by being set.
 FLAT = 0.02  # Growth of the memory from the middle to the end that may be chance.
 LOGGED = re.compile(r"(WARNING|ERROR) \S+ \S+ \[(\S+)\] (Token\S+|Missing cached draft probabilities|)")
@@ -196,7 +196,7 @@ async def together(clients: int, jobs: Iterable[Any], work: Callable[[aiohttp.Cl
                 group.create_task(client())
 
 
-def write_references(url: str, texts: list[str], tokenizer: Tokenizer) -> list[Reference]:
+def write_references(url: str, texts: list[str], tokenizer: Tokenizer, near_tie: float) -> list[Reference]:
     """Have a server without a draft write the expected outputs of greedy requests."""
     references = []
 
@@ -221,7 +221,7 @@ def write_references(url: str, texts: list[str], tokenizer: Tokenizer) -> list[R
         else:
             best = [list(place.values()) for place in found["top_logprobs"]]
         margins = [max(place) - min(place) for place in best]
-        references.append(Reference(text, tokenizer.encode(text).ids, chat, ids, margins))
+        references.append(Reference(text, tokenizer.encode(text).ids, chat, ids, margins, near_tie))
 
     asyncio.run(together(32, enumerate(text for text in texts for _ in LENGTHS), write))
     return sorted(references, key=lambda reference: (reference.text, reference.chat))
@@ -354,12 +354,12 @@ def main() -> int:
         engine = {"max_model_len": MAX_LEN}  # For which the requests are made.
         arguments = ["--served-model-name", BASE["model"], *flags_of(engine), "--disable-uvicorn-access-log"]
         speculative = {key: speculative[key] for key in ("method", "model", "num_speculative_tokens")}
-        soak_requests.NEAR_TIE = NEAR_TIE_IN_BFLOAT16
     if options.plain:
         speculative = None
     with tempfile.TemporaryDirectory() as folder:
         with server(options.target, None, Path(folder) / "plain.log", *arguments) as (_, url):
-            references = write_references(url, texts, tokenizer)
+            near_tie = NEAR_TIE_IN_BFLOAT16 if options.as_users else NEAR_TIE
+            references = write_references(url, texts, tokenizer, near_tie)
         print(f"{len(references)} expected outputs", flush=True)
         seeds = not options.as_users and options.max_num_batched_tokens >= SEQUENCES * MAX_LEN
         requests = Requests(options.seed, tokenizer, texts, references, MAX_LEN, speculative is not None, seeds)
