@@ -75,7 +75,7 @@ def follow(pair: VocabularyPair, data: bytes, rng: random.Random) -> dict[str, f
     return {"commits": commits, "context_errors": errors, "alike": alike, "ids_outside": outside}
 
 
-def measure(names: dict[str, Vocabulary], texts: dict[str, bytes], seed: int) -> Iterable[dict]:
+def measure(names: dict[str, Vocabulary], texts: dict[str, bytes], seed: int) -> Iterable[dict[str, Any]]:
     """One row for each ordered pair and text."""
     for target in names:
         for draft in names:
@@ -91,7 +91,7 @@ def measure(names: dict[str, Vocabulary], texts: dict[str, bytes], seed: int) ->
             print(f"{target} - {draft}", flush=True)
 
 
-def packed(rows: list[dict]) -> dict[str, Any]:
+def packed(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Rows by pair, with the numbers of each text in one list, in the order of `columns`."""
     columns = [name for name in rows[0] if name not in ("target", "draft", "exact", "text")]
     by_pair: dict[tuple[str, str], dict[str, Any]] = {}

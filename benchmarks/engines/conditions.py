@@ -159,7 +159,7 @@ def run_once(module: str, job: dict[str, Any], name: str) -> dict[str, Any]:
         RuntimeError: It failed.
     """
     path = RAW / f"{name}.json"
-    described = {"module": module, "job": job, "revision": revision()}
+    described: dict[str, Any] = {"module": module, "job": job, "revision": revision()}
     known = path.exists() and not described["revision"]["modified"]  # Else nothing tells what the files were.
     if known and (kept := json.loads(path.read_text()))["of"] == described:
         found: dict[str, Any] = kept["result"]

@@ -35,8 +35,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
             for number, prompt in enumerate(case["prompts"]):
                 ids = tokenizer(prompt, return_tensors="pt").input_ids
                 torch.manual_seed(job["seed"] + number)
-                for seconds in passes.values():
-                    seconds.clear()
+                for taken in passes.values():
+                    taken.clear()
                 began, others = time.perf_counter(), processor_seconds()
                 written = target.generate(
                     ids, attention_mask=torch.ones_like(ids), pad_token_id=tokenizer.eos_token_id,

@@ -33,7 +33,8 @@ def marginals_of(law: npt.NDArray[np.float64]) -> list[tuple[int, ...]]:
 
 def marginal(law: npt.NDArray[np.float64], axes: Sequence[int]) -> npt.NDArray[np.float64]:
     """The joint law of some of the tokens."""
-    return law.sum(tuple(axis for axis in range(law.ndim) if axis not in axes))
+    found: npt.NDArray[np.float64] = law.sum(tuple(axis for axis in range(law.ndim) if axis not in axes))
+    return found
 
 
 def pooled(probs: npt.NDArray[np.float64], number: int) -> npt.NDArray[np.int64]:

@@ -158,7 +158,8 @@ def first_verifications() -> Iterator[dict[str, int]]:
     """
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    original, accepted = GPUModelRunner._sample, {}
+    original = GPUModelRunner._sample
+    accepted: dict[str, int] = {}
 
     def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
         output = original(self, logits, spec_decode_metadata)

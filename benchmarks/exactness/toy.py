@@ -175,7 +175,10 @@ def next_token_laws(
         logits = model(ids).logits[:, -1].double()
     logits = _penalised(logits, ids, outputs, sampling)
     if sampling.temperature == 0:
-        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[1]).double().numpy()
+        certain: npt.NDArray[np.float64] = (
+            torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[1]).double().numpy()
+        )
+        return certain
     logits = logits / sampling.temperature
     if sampling.top_k:
         logits[logits < logits.topk(sampling.top_k).values[:, -1:]] = -torch.inf
@@ -184,7 +187,8 @@ def next_token_laws(
         probs, order = logits.softmax(-1).sort(descending=True)
         excluded = probs.cumsum(-1) - probs >= sampling.top_p
         logits[torch.zeros_like(excluded).scatter(1, order, excluded)] = -torch.inf
-    return logits.softmax(-1).numpy()
+    law: npt.NDArray[np.float64] = logits.softmax(-1).numpy()
+    return law
 
 
 def _penalised(

@@ -30,7 +30,7 @@ import random
 import statistics
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ class Clock:
         self._inner = [0]  # Of each phase that is open: what the phases within it took.
         self._open = False
         self._own = 0
-        self.nothing = lambda: None
+        self.nothing: Callable[[], None] = lambda: None
         self.wrap(self, "nothing", STEP)
         # What a timer takes outside of what it times: a median, since other work may take the processor away meanwhile.
         self._own = int(statistics.median(self._outside() for _ in range(200)))
@@ -127,24 +127,27 @@ def skip_tensors() -> None:
     def favour(self: StandIn, spans: list[Any]) -> torch.Tensor:
         return torch.tensor([[float(self.favoured(span))] for span in spans])  # In the place of logits.
 
-    StandIn.forward = favour  # type: ignore[method-assign]
-    torch.Tensor.index_fill_ = lambda self, *_: self  # type: ignore[method-assign,assignment]
-    torch.Tensor.softmax = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
-    torch.Tensor.max = lambda logits, _: (CERTAIN.expand(len(logits)), logits[:, 0].long())  # type: ignore[method-assign]
-    distribution.draw = lambda logits, _: logits[:, 0].long()  # type: ignore[assignment]
-    torch.Tensor.__setitem__ = lambda *_: None  # type: ignore[method-assign,assignment]
-    distribution.shape = lambda logits, *_: logits  # type: ignore[assignment]
-    torch.zeros = lambda *_, **__: NOTHING
-    torch.Tensor.zero_ = lambda self: self  # type: ignore[method-assign]
-    chooser = distribution.DraftDistribution
-    chooser._likeliest_target = lambda _, probs: (CERTAIN.expand(len(probs)), probs[:, 0].long())  # type: ignore[method-assign]
-    nothing = distribution.Candidates(b"", [], [], [])
-    chooser._candidates = lambda _, __, pending: [nothing] * len(pending)  # type: ignore[method-assign]
-    chooser._drop_rare_incomplete = lambda *_: torch.tensor([False])  # type: ignore[method-assign,assignment]
-    for name in ("later_row", "later_candidate_row"):
-        setattr(pushforward.PushForward, name, lambda *_: ())
-    for owner, name in ((proposals.ProposalBuilder, "_fill_first"), (strategies.Transduction, "_add_stage")):
-        setattr(owner, name, lambda *_: None)
+    chooser, nothing = distribution.DraftDistribution, distribution.Candidates(b"", [], [], [])
+    instead: list[tuple[Any, str, Callable[..., Any]]] = [
+        (StandIn, "forward", favour),
+        (torch.Tensor, "index_fill_", lambda self, *_: self),
+        (torch.Tensor, "softmax", lambda self, *_, **__: self),
+        (torch.Tensor, "max", lambda logits, _: (CERTAIN.expand(len(logits)), logits[:, 0].long())),
+        (torch.Tensor, "__setitem__", lambda *_: None),
+        (torch.Tensor, "zero_", lambda self: self),
+        (torch, "zeros", lambda *_, **__: NOTHING),
+        (distribution, "draw", lambda logits, _: logits[:, 0].long()),
+        (distribution, "shape", lambda logits, *_: logits),
+        (chooser, "_likeliest_target", lambda _, probs: (CERTAIN.expand(len(probs)), probs[:, 0].long())),
+        (chooser, "_candidates", lambda _, __, pending: [nothing] * len(pending)),
+        (chooser, "_drop_rare_incomplete", lambda *_: torch.tensor([False])),
+        (pushforward.PushForward, "later_row", lambda *_: ()),
+        (pushforward.PushForward, "later_candidate_row", lambda *_: ()),
+        (proposals.ProposalBuilder, "_fill_first", lambda *_: None),
+        (strategies.Transduction, "_add_stage", lambda *_: None),
+    ]
+    for owner, name, function in instead:
+        setattr(owner, name, function)
 
 
 def watch() -> Clock:
@@ -157,19 +160,22 @@ def watch() -> Clock:
     clock.wrap(transducer.Transducer, "emit", "transduction")
     for module in (proposals, strategies):
         clock.wrap(module, "uniforms", "random numbers")
-    for owner, names in (
+    transfer: list[tuple[Any, tuple[str, ...]]] = [
         (distribution.DraftDistribution, ("_likeliest_target", "_candidates", "_drop_rare_incomplete")),
         (pushforward.PushForward, ("first_rows", "later_row", "later_candidate_row")),
         (stages.StageBuilder, ("first_stage", "later_stage")),
         (torch.Tensor, ("__getitem__", "__setitem__", "index_fill_", "topk", "nonzero")),
         (torch, ("zeros", "stack")),
-    ):
-        for name in names:
-            clock.wrap(owner, name, "transfer")
-    any_draft = ("softmax", "max", "amax", "tolist")
-    for owner, names in ((distribution, ("shape", "draw")), (torch.Tensor, any_draft), (torch, ("cat",))):
-        for name in names:
-            clock.wrap(owner, name, "any draft")
+    ]
+    any_draft: list[tuple[Any, tuple[str, ...]]] = [
+        (distribution, ("shape", "draw")),
+        (torch.Tensor, ("softmax", "max", "amax", "tolist")),
+        (torch, ("cat",)),
+    ]
+    for phase, places in (("transfer", transfer), ("any draft", any_draft)):
+        for owner, names in places:
+            for name in names:
+                clock.wrap(owner, name, phase)
     clock.wrap(StandIn, "forward", "model")
     return clock
 
@@ -270,16 +276,17 @@ def text_of(data: Path, kinds: list[str], characters: int) -> bytes:
 def simulations(data: Path, names: str, steps: int, batch: int) -> Iterator[tuple[dict[str, Any], Simulation]]:
     """Every text, context length and mode of a pair."""
     pair = VocabularyPair.of(*(vocabulary(data, name) for name in names.split("/")))
-    sizes = {"draft_size": pair.draft.token_bytes.size, "target_size": pair.target.token_bytes.size}
-    limits = {"num_proposals": NUM_PROPOSALS, "max_draft_tokens": MAX_DRAFT_TOKENS, "max_q_bytes": 1 << 30}
     shared = proposals.ProposalBuilder(
         pair,
         Transducer(pair),
         "tokentiming",
         length=FixedLength(),
         truncate=apply_top_k_top_p,
-        **sizes,
-        **limits,
+        draft_size=pair.draft.token_bytes.size,
+        target_size=pair.target.token_bytes.size,
+        num_proposals=NUM_PROPOSALS,
+        max_draft_tokens=MAX_DRAFT_TOKENS,
+        max_q_bytes=1 << 30,
         device=torch.device("cpu"),
     )
     for (kind, corpora), length, sampled in itertools.product(TEXTS.items(), LENGTHS, (False, True)):

@@ -97,8 +97,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
             taken, requests = clock.take(), point["at"]["requests"]
             if number >= job["warm_up"]:
                 found.append({n: sum(taken.get(p, 0.0) for p in phases) / requests for n, phases in PARTS.items()})
-    found = [{name: quartiles([step[name] for step in steps]) for name in PARTS} for steps in spent]
-    return {"us": found, "threads": torch.get_num_threads()}
+    us = [{name: quartiles([step[name] for step in steps]) for name in PARTS} for steps in spent]
+    return {"us": us, "threads": torch.get_num_threads()}
 
 
 def main() -> None:

@@ -84,12 +84,13 @@ class Requests:
     def _body(self, rng: random.Random, **given: Any) -> dict[str, Any]:
         """A request whose output depends on chance; what is given goes before."""
         body = {**BASE, "max_tokens": rng.randint(1, 64), "temperature": rng.choice([0, 0.3, 0.7, 1, 1, 1.5, 2])}
-        body["prompt"] = rng.choice([
+        prompts: list[Callable[[], str | list[int]]] = [
             lambda: self._text(rng, 40),
             lambda: self._text(rng, self._max_len - 80),
             lambda: self._tokenizer.encode(self._text(rng, 200)).ids,
             lambda: self._ids(rng, rng.choice([1, 1, rng.randint(2, 60), rng.randint(60, self._max_len - 80)])),
-        ])()  # fmt: skip
+        ]
+        body["prompt"] = rng.choice(prompts)()
         some = {
             "top_p": rng.uniform(0.05, 1),
             "top_k": rng.choice([-1, 1, 2, 20, self._size, self._size * 2]),
@@ -207,12 +208,13 @@ class Requests:
             except ValueError:
                 return False
 
-        name, asked, fits = rng.choice([
+        ways: list[tuple[str, dict[str, Any], Callable[[str], object]]] = [
             ("regex", {"structured_outputs": {"regex": REGEX}}, lambda text: re.fullmatch(REGEX, text)),
             ("choice", {"structured_outputs": {"choice": CHOICES}}, CHOICES.__contains__),
             ("JSON schema", {"structured_outputs": {"json": SCHEMA}}, is_json),
             ("JSON object", {"response_format": {"type": "json_object"}}, is_json),
-        ])  # fmt: skip
+        ]
+        name, asked, fits = rng.choice(ways)
 
         def check(choices: list[Choice]) -> None:
             # vLLM's text begins with the whole prompt if that ends within a character, as random ids may.
@@ -248,7 +250,7 @@ class Requests:
         return Request("too long", self._body(rng, prompt=self._ids(rng, length)), REFUSE)
 
     def _unsupported(self, rng: random.Random) -> Request:
-        asked = rng.choice([{"logit_bias": {"17": 5.0}}, {"min_p": 0.1}])
+        asked: dict[str, Any] = rng.choice([{"logit_bias": {"17": 5.0}}, {"min_p": 0.1}])
         # vLLM ignores `min_p` of greedy requests.
         return Request("unsupported", self._body(rng, temperature=1, **asked), REFUSE if self._speculative else FINISH)
 

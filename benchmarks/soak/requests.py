@@ -7,7 +7,7 @@ from typing import Any
 
 FINISH, REFUSE, ANY = "finish", "refuse", "any"
 PATHS = ("completions", "chat/completions")
-BASE = {"model": "target", "return_token_ids": True}
+BASE: dict[str, Any] = {"model": "target", "return_token_ids": True}
 
 
 class Wrong(Exception):

@@ -215,7 +215,7 @@ def write_references(url: str, texts: list[str], tokenizer: Tokenizer, near_tie:
             body |= {"prompt": text, "logprobs": 2}
         choices: dict[int, Choice] = {}
         await send(session, url, Request("reference", body, path=PATHS[chat]), choices)
-        ids, found = choices[0].ids, choices[0].logprobs
+        ids, found = choices[0].ids, choices[0].logprobs or {}
         if chat:
             best = [[top["logprob"] for top in place["top_logprobs"]] for place in found["content"]]
         else:
@@ -253,17 +253,18 @@ class Soak:
         async with aiohttp.ClientSession() as session:
             last_result = (await outcome(session, self._url, last, self._options.limit))[0]
         after = metrics(self._url)
+        total = sum(self._counts.values(), Counter())
         found = {
             "seconds": seconds,
             "slowest_seconds": self._slowest,
             "kinds": {kind: dict(counts) for kind, counts in sorted(self._counts.items())},
-            "total": dict(sum(self._counts.values(), Counter())),
+            "total": dict(total),
             "examples": self._examples,
             "metrics": {name: {"before": before.get(name, 0), "after": value} for name, value in after.items()},
             "memory": self._judge_memory(),
         }
         faults = sum(value for name, value in after.items() if name.startswith("tokentiming_faults_total"))
-        failures = [f"{found['total'][name]} {name}" for name in FAILURES if found["total"].get(name)]
+        failures = [f"{total[name]} {name}" for name in FAILURES if total[name]]
         failures += [f"{self._done} of {len(self._numbers)} requests sent"] * (self._done != len(self._numbers))
         failures += ["the server died"] * (self._process.poll() is not None)
         failures += ["requests without a client go on"] * (not at_rest)
@@ -349,11 +350,13 @@ def main() -> int:
     loaded.append(workloads.load("multilingual", options.prompts - len(loaded[0]["prompts"]), 3000))
     texts = [text for part in loaded for text in part["prompts"]]
     tokenizer = Tokenizer.from_file(str(options.target / "tokenizer.json"))
-    engine, speculative, arguments = ENGINE, speculation(options.draft), pressure(options.max_num_batched_tokens)
+    engine, arguments = ENGINE, pressure(options.max_num_batched_tokens)
+    speculative: dict[str, Any] | None = speculation(options.draft)
     if options.as_users:
         engine = {"max_model_len": MAX_LEN}  # For which the requests are made.
         arguments = ["--served-model-name", BASE["model"], *flags_of(engine), "--disable-uvicorn-access-log"]
-        speculative = {key: speculative[key] for key in ("method", "model", "num_speculative_tokens")}
+        wanted = ("method", "model", "num_speculative_tokens")
+        speculative = {key: value for key, value in speculation(options.draft).items() if key in wanted}
     if options.plain:
         speculative = None
     with tempfile.TemporaryDirectory() as folder:

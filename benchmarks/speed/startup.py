@@ -38,7 +38,9 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         parts[name] = [time.process_time() - begin[0], time.perf_counter() - begin[1]]
         return found
 
-    pair = part("vocabularies", lambda: load_pair(TokenTimingConfig(model=job["draft"]), target, draft))
+    pair = part(
+        "vocabularies", lambda: load_pair(TokenTimingConfig.model_validate({"model": job["draft"]}), target, draft)
+    )
     if job["process"] == "worker":
         part("encoders", lambda: (pair.target.encoder, pair.draft.encoder))
         part("transducer", lambda: startup_cache().transducer(pair))

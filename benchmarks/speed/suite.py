@@ -143,7 +143,7 @@ def parsed() -> tuple[Grid, argparse.Namespace]:
     for name in ("repetitions", "groups", "tokens", "characters"):
         changes.add_argument(f"--{name}", type=int)
     options = parser.parse_args()
-    given = {
+    given: dict[str, Any] = {
         field.name: tuple(value) if isinstance(value := getattr(options, field.name), list) else value
         for field in dataclasses.fields(Grid)
         if getattr(options, field.name) is not None

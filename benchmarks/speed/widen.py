@@ -21,7 +21,6 @@ the same weights on every processor.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -204,4 +203,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
