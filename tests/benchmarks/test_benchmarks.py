@@ -1,11 +1,12 @@
 """Benchmarks start engines as users do, and measure what the engine's own counters say."""
 
 import argparse
+import re
 from pathlib import Path
 
 import engine
 import pytest
-from conftest import longer
+from conftest import ROOT, longer
 
 from benchmarks.acceptance.learning import gains
 from benchmarks.common.grid import VLLM_METHODS, with_draft
@@ -19,6 +20,21 @@ def options(*arguments):
     parser = argparse.ArgumentParser()
     conditions.add_options(parser)
     return parser.parse_args(arguments)
+
+
+def test_every_program_that_is_named_is_there():
+    programs = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / "benchmarks").rglob("*.py")}
+    for path in (ROOT / "Makefile", *(ROOT / "benchmarks").rglob("*.py")):
+        text = path.read_text().replace("$(BENCH).", "benchmarks.")
+        assert set(re.findall(r"\bbenchmarks\.\w+\.\w+", text)) <= programs, path
+
+
+def test_the_table_of_the_benchmarks_names_targets_and_their_programs():
+    commands = re.findall(r"^\t\$\(BENCH\)\.([\w.]+)", (ROOT / "Makefile").read_text(), re.M)
+    rows = [line.split("|") for line in (ROOT / "benchmarks/README.md").read_text().splitlines() if line[:1] == "|"]
+    targets = {target for row in rows[2:] for target in re.findall(r"`(\w+)`", row[2])}
+    assert targets == set(re.findall(r"^results-(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    assert {name for row in rows[2:] if row[2].strip() for name in re.findall(r"`([\w.]+)", row[3])} == set(commands)
 
 
 def test_without_options_an_engine_is_a_users():

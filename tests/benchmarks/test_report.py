@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -272,6 +273,12 @@ def test_a_command_names_no_folder_of_this_machine():
 )
 def test_loops_are_found_by_the_second_half(target_ids, expected):
     assert loops(target_ids) is expected
+
+
+def test_a_program_is_named_as_it_is_run(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/any/suite.py", "--tokens", "2"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", SimpleNamespace(name="benchmarks.speed.suite"))
+    assert provenance.provenance()["command"] == "python -m benchmarks.speed.suite --tokens 2"
 
 
 def test_every_repetition_has_the_same_cells_and_begins_with_another_method():
