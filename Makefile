@@ -16,8 +16,8 @@ TOKENTIMING_DATA ?= $(abspath $(wildcard ../shared/data))
 TEST_ENV = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=WARNING VLLM_NO_USAGE_STATS=1 \
 	TOKENTIMING_PUBLISHED="$(abspath $(PUBLISHED))" $(if $(TOKENTIMING_DATA),TOKENTIMING_DATA="$(TOKENTIMING_DATA)")
 
-# What users have: vLLM's own numbers of threads and requests, compiled, the models' own type (benchmarks/conditions.py).
-BENCH = TOKENTIMING_DATA="$(TOKENTIMING_DATA)" $(BIN)/python benchmarks
+# What users have: vLLM's own numbers of threads and requests, compiled, the models' own type (benchmarks/engines/conditions.py).
+BENCH = TOKENTIMING_DATA="$(TOKENTIMING_DATA)" $(BIN)/python -m benchmarks
 # A published pair comes first in the report, where `make published` has fetched it; or name folders of another one.
 PUBLISHED_TARGET ?= $(wildcard $(PUBLISHED)/gemma3)
 PUBLISHED_DRAFT ?= $(wildcard $(PUBLISHED)/smollm2)
@@ -57,8 +57,8 @@ $(READY): scripts/setup_environment.py $(BUILT_FROM)
 demo: $(READY) $(WIDE)/widened.json
 	$(BIN)/python examples/demo.py --target $(WIDE) $(ARGS)
 
-$(WIDE)/widened.json: benchmarks/widen.py | $(READY)
-	$(TEST_ENV) $(BIN)/python benchmarks/widen.py --target examples/models/target --out $(WIDE) --hidden 512 --layers 21
+$(WIDE)/widened.json: benchmarks/speed/widen.py | $(READY)
+	$(TEST_ENV) $(BIN)/python -m benchmarks.speed.widen --target examples/models/target --out $(WIDE) --hidden 512 --layers 21
 
 published: $(READY)
 	$(BIN)/python examples/published_models.py $(PUBLISHED) $(if $(ACCEPT_GEMMA_TERMS),--accept-gemma-terms)
@@ -72,7 +72,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --quiet tests/unit/test_layers.py
-	$(BIN)/python benchmarks/report.py --check
+	$(BIN)/python -m benchmarks.report.report --check
 
 test-unit: $(UNIT)/ready  # Without vLLM, on $(PYTHON): what needs vLLM is skipped.
 	! $(UNIT)/bin/python -c "import vllm"
@@ -131,7 +131,7 @@ results: $(MEASURED:%=results-%)  # A compact set; one part alone: make results-
 	$(MAKE) report
 
 report:
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/python -m benchmarks.report.report
 
 $(MEASURED:%=results-%) $(LONG:%=results-%) report: | $(READY) .venv/benchmarks
 
@@ -140,67 +140,67 @@ $(MEASURED:%=results-%) $(LONG:%=results-%) report: | $(READY) .venv/benchmarks
 	@touch $@
 
 results-kernels:
-	$(BENCH)/kernel_times.py --samples 12 --rounds 2
+	$(BENCH).host.kernel_times --samples 12 --rounds 2
 
 results-overhead:
-	$(BENCH)/overhead.py --steps 30
-	$(BENCH)/overhead.py --steps 30 --batch 8 --name overhead_batch
+	$(BENCH).host.overhead --steps 30
+	$(BENCH).host.overhead --steps 30 --batch 8 --name overhead_batch
 
 results-acceptance:
-	$(BENCH)/acceptance.py
+	$(BENCH).acceptance.acceptance
 
 results-acceptance_published:
-	$(BENCH)/acceptance.py $(PUBLISHED_ARGS) --name acceptance_published --num-prompts 8 --group 4 --tokens 24 --temperatures 0 0.8 \
+	$(BENCH).acceptance.acceptance $(PUBLISHED_ARGS) --name acceptance_published --num-prompts 8 --group 4 --tokens 24 --temperatures 0 0.8 \
 		--workloads heldout/english_stories heldout/python heldout/english_gsm8k heldout/russian_tinystories \
 		heldout/multilingual_udhr --dtype float32 --methods plain "tli (vLLM)" slem tli "tokentiming, one by one" tokentiming
 		# In float32, which is six times as fast where there are no instructions for bfloat16.
 
 results-greedy:  # In float32, where greedy output has to be plain decoding's.
-	$(BENCH)/acceptance.py --dtype float32 --temperatures 0 --num-prompts 64 --name greedy \
+	$(BENCH).acceptance.acceptance --dtype float32 --temperatures 0 --num-prompts 64 --name greedy \
 		--methods plain "ngram (vLLM)" "tli (vLLM)" slem tokentiming
 
 results-repeatability:
-	$(BENCH)/repeatability.py
+	$(BENCH).exactness.repeatability
 
 results-repeatability_published:
-	$(BENCH)/repeatability.py $(PUBLISHED_ARGS) --name repeatability_published --num-prompts 8 --tokens 16
+	$(BENCH).exactness.repeatability $(PUBLISHED_ARGS) --name repeatability_published --num-prompts 8 --tokens 16
 
 results-startup:
-	$(BENCH)/startup.py $(PUBLISHED_ARGS)
+	$(BENCH).speed.startup $(PUBLISHED_ARGS)
 
 results-speed:
-	$(BENCH)/suite.py --grid short --fresh
+	$(BENCH).speed.suite --grid short --fresh
 
 results-draft_step:
-	$(BENCH)/draft_step.py --repetitions 2
+	$(BENCH).speed.draft_step --repetitions 2
 
 results-speed_published:
-	$(BENCH)/suite.py --grid short --fresh $(PUBLISHED_ARGS) --name speed_published --ratios 0 --groups 6 --tokens 32 \
+	$(BENCH).speed.suite --grid short --fresh $(PUBLISHED_ARGS) --name speed_published --ratios 0 --groups 6 --tokens 32 \
 		--concurrencies 1 --methods plain "tli (vLLM)" slem tokentiming
 
 results-serving:
-	$(BENCH)/serving.py --target benchmarks/results/models/target-ratio-20
+	$(BENCH).speed.serving --target benchmarks/results/models/target-ratio-20
 
 results-scaling:
-	$(BENCH)/scaling.py
+	$(BENCH).host.scaling
 
 results-exactness:
-	$(BENCH)/exactness.py --quick
+	$(BENCH).exactness.exactness --quick
 
 results-exactness_published:
-	$(BENCH)/exactness_published.py $(PUBLISHED_ARGS)
+	$(BENCH).exactness.published $(PUBLISHED_ARGS)
 
 results-learning:
-	$(BENCH)/learning.py
+	$(BENCH).acceptance.learning
 
 results-pairs:
-	$(BENCH)/pairs.py --tokenizers "$(TOKENTIMING_DATA)/tokenizers" --texts "$(TOKENTIMING_DATA)/multilingual"
+	$(BENCH).acceptance.pairs --tokenizers "$(TOKENTIMING_DATA)/tokenizers" --texts "$(TOKENTIMING_DATA)/multilingual"
 
 results-soak:
-	$(BENCH)/soak.py --texts "$(TOKENTIMING_DATA)" --as-users --requests 2000
+	$(BENCH).soak.soak --texts "$(TOKENTIMING_DATA)" --as-users --requests 2000
 
 results-soak_pressure:  # With too few blocks, in float32.
-	$(BENCH)/soak.py --texts "$(TOKENTIMING_DATA)"
+	$(BENCH).soak.soak --texts "$(TOKENTIMING_DATA)"
 
 clean:  # What was built; the installed environment stays.
 	rm -rf build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache $(READY)

@@ -331,7 +331,7 @@ def about(target: Path) -> str:
     shape = json.loads(widened.read_text())
     return (
         f"The target writes what the embedded one of {shape['original_parameters'] / 1e6:.0f} M parameters writes,\n"
-        f"at the cost of one of {shape['parameters'] / 1e6:.0f} M (benchmarks/widen.py)."
+        f"at the cost of one of {shape['parameters'] / 1e6:.0f} M (benchmarks/speed/widen.py)."
     )
 
 

@@ -131,7 +131,8 @@ def train_draft_tokenizer(documents: list[str], vocabulary: int) -> PreTrainedTo
 
 def encode(tokenizer: PreTrainedTokenizerFast, document: str) -> list[int]:
     """The ordinary tokens of a document, special ones excluded."""
-    return tokenizer.backend_tokenizer.encode(document, add_special_tokens=False).ids
+    ids: list[int] = tokenizer.backend_tokenizer.encode(document, add_special_tokens=False).ids
+    return ids
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, plan: Plan) -> LlamaForCausalLM:

@@ -1,8 +1,8 @@
 """Lets vLLM's Triton kernels run on a machine without an accelerator, under Triton's own interpreter.
 
-    PYTHONPATH=.venv/triton python scripts/triton_interpreter.py benchmarks/exactness.py --settings ...
+    PYTHONPATH=.venv/triton python scripts/triton_interpreter.py -m benchmarks.exactness.exactness --settings ...
 
-runs a script that way, on vLLM's model runner V2, and the tests of runner V2 import it. It has to come before vLLM.
+runs a module that way, on vLLM's model runner V2, and the tests of runner V2 import it. It has to come before vLLM.
 vLLM believes in Triton on a CPU only if there is a backend of that name, so one is named here, which the interpreter
 never asks for anything. Three things that the interpreter of 3.9.0 lacks are added: `log1p`, `isnan`, and masks that
 are integers. (vLLM's kernel for top-p does not run in it even so.) A step of an engine takes tenths of a second.
@@ -93,7 +93,9 @@ _builder.create_masked_store = _with_boolean_masks(_builder.create_masked_store,
 np.seterr(invalid="ignore")
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3 or sys.argv[1] != "-m":
+        sys.exit("usage: triton_interpreter.py -m MODULE [ARGUMENT ...]")
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
-    del sys.argv[0]
-    sys.path[0] = str(Path(sys.argv[0]).parent)
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    del sys.argv[:2]
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

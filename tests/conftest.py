@@ -10,6 +10,7 @@ lets them search: others each time, and 20 times as many.
 
 import fcntl
 import os
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,7 +24,10 @@ from tokenizers import Tokenizer
 from vllm_tokentiming.vocab.pair import Vocabulary, VocabularyPair
 from vllm_tokentiming.vocab.token_bytes import TokenBytes
 
-MODELS = Path(__file__).resolve().parent.parent / "examples" / "models"
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ROOT / "examples" / "models"
+# For `benchmarks`. Last, since the package itself may be tested from another folder (`make test-kernels`).
+sys.path.append(str(ROOT))
 EMBEDDED = ("embedded_target", "embedded_draft")
 EXACT = (*EMBEDDED, "gpt2", "gpt_neox_20b", "llama2", "llama3", "qwen2.5", "mistral_tekken")
 LOSSY = ("t5_small", "bert")

@@ -1,15 +1,17 @@
 """Benchmarks start engines as users do, and measure what the engine's own counters say."""
 
 import argparse
+import re
 from pathlib import Path
 
-import conditions
 import engine
 import pytest
-from conftest import longer
-from grid import VLLM_METHODS, with_draft
-from learning import gains
-from serving import flags_of
+from conftest import ROOT, longer
+
+from benchmarks.acceptance.learning import gains
+from benchmarks.common.grid import VLLM_METHODS, with_draft
+from benchmarks.engines import conditions
+from benchmarks.speed.serving import flags_of
 
 PROMPTS = ["Once upon a time there was", "def read(self):\n    "]
 
@@ -18,6 +20,21 @@ def options(*arguments):
     parser = argparse.ArgumentParser()
     conditions.add_options(parser)
     return parser.parse_args(arguments)
+
+
+def test_every_program_that_is_named_is_there():
+    programs = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / "benchmarks").rglob("*.py")}
+    for path in (ROOT / "Makefile", *(ROOT / "benchmarks").rglob("*.py")):
+        text = path.read_text().replace("$(BENCH).", "benchmarks.")
+        assert set(re.findall(r"\bbenchmarks\.\w+\.\w+", text)) <= programs, path
+
+
+def test_the_table_of_the_benchmarks_names_targets_and_their_programs():
+    commands = re.findall(r"^\t\$\(BENCH\)\.([\w.]+)", (ROOT / "Makefile").read_text(), re.M)
+    rows = [line.split("|") for line in (ROOT / "benchmarks/README.md").read_text().splitlines() if line[:1] == "|"]
+    targets = {target for row in rows[2:] for target in re.findall(r"`(\w+)`", row[2])}
+    assert targets == set(re.findall(r"^results-(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    assert {name for row in rows[2:] if row[2].strip() for name in re.findall(r"`([\w.]+)", row[3])} == set(commands)
 
 
 def test_without_options_an_engine_is_a_users():
@@ -56,10 +73,10 @@ def test_a_run_that_was_cut_off_keeps_results_until_the_job_or_the_commit_is_ano
     calls = []
     monkeypatch.setattr(conditions, "RAW", tmp_path)
     monkeypatch.setattr(conditions, "revision", lambda: dict(at))
-    monkeypatch.setattr(conditions, "run_python", lambda script, job: calls.append(job) or {"number": len(calls)})
+    monkeypatch.setattr(conditions, "run_python", lambda module, job: calls.append(job) or {"number": len(calls)})
 
     def number(job: dict) -> int:
-        return conditions.run_once("measure_vllm.py", job, "table/plain")["number"]
+        return conditions.run_once("benchmarks.engines.measure_vllm", job, "table/plain")["number"]
 
     assert [number({"tokens": 1}), number({"tokens": 1})] == [1, 1]
     assert [number({"tokens": 2}), number({"tokens": 2})] == [2, 2]
@@ -87,7 +104,7 @@ def test_an_engine_in_processes_of_its_own_tells_its_conditions_counts_and_times
         "target": engine.TARGET, "speculative": speculative, "engine": {"enforce_eager": True, "dtype": "float32"},
         "seed": 0, "tokens": 12, "temperatures": [0.0], "seeded": True, "cases": [case],
     }  # fmt: skip
-    found = conditions.run_python("measure_vllm.py", job)
+    found = conditions.run_python("benchmarks.engines.measure_vllm", job)
     assert found["conditions"]["dtype"] == "float32"
     assert found["conditions"]["compiled"] is False
     assert found["conditions"]["threads"] >= 1

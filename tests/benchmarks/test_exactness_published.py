@@ -7,8 +7,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from exactness_published import Law
-from toy import Sampling, load, make_pairs, next_token_laws, prompt_ids
+from benchmarks.exactness.published import Law
+from benchmarks.exactness.toy import Sampling, load, make_pairs, next_token_laws, prompt_ids
 
 
 @pytest.fixture(scope="module")

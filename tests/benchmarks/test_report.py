@@ -3,17 +3,18 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
-import conclusions
 import numpy as np
-import provenance
 import pytest
-import report
-from grid import GRIDS, METHODS, baseline
-from reduce import reduced
-from report_speed import Suite
-from results import compare, ratio_of_sums
-from workloads import loops
+
+from benchmarks.common import provenance
+from benchmarks.common.grid import GRIDS, METHODS, baseline
+from benchmarks.common.reduce import reduced
+from benchmarks.common.workloads import loops
+from benchmarks.report import conclusions, report
+from benchmarks.report.results import compare, ratio_of_sums
+from benchmarks.report.speed import Suite
 
 ROOT = provenance.ROOT
 TEXT = [list(range(number, number + 21)) for number in (0, 100, 200)]
@@ -98,7 +99,7 @@ def differences(folder):
 
 def test_the_committed_reports_are_written_from_the_committed_data():
     found = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks/report.py"), "--check"], capture_output=True, text=True
+        [sys.executable, "-m", "benchmarks.report.report", "--check"], capture_output=True, text=True
     )
     assert found.returncode == 0, found.stderr
 
@@ -118,7 +119,7 @@ def test_the_check_says_what_differs_and_fails(tmp_path):
     folder = written(tmp_path, acceptance=accepted())
     (folder / "benchmarks/RESULTS.md").write_text("On an accelerator, it is a few launches.\n")
     found = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks/report.py"), "--check", "--root", str(folder)],
+        [sys.executable, "-m", "benchmarks.report.report", "--check", "--root", str(folder)],
         capture_output=True, text=True,
     )  # fmt: skip
     assert found.returncode == 1
@@ -272,6 +273,12 @@ def test_a_command_names_no_folder_of_this_machine():
 )
 def test_loops_are_found_by_the_second_half(target_ids, expected):
     assert loops(target_ids) is expected
+
+
+def test_a_program_is_named_as_it_is_run(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/any/suite.py", "--tokens", "2"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", SimpleNamespace(name="benchmarks.speed.suite"))
+    assert provenance.provenance()["command"] == "python -m benchmarks.speed.suite --tokens 2"
 
 
 def test_every_repetition_has_the_same_cells_and_begins_with_another_method():

@@ -6,7 +6,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 
-from widen import widen, widened_config  # noqa: E402
+from benchmarks.speed.widen import widen, widened_config  # noqa: E402
 
 
 def tiny(**changes):

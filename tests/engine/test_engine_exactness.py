@@ -1,6 +1,6 @@
 """Sampled output has the target's own law, through real vLLM and its own rejection sampler.
 
-A short version of `benchmarks/exactness.py`, whose tests these are: counts of the first tokens, alone and
+A short version of `benchmarks/exactness/exactness.py`, whose tests these are: counts of the first tokens, alone and
 jointly, held against an enumerated law. All tests together raise a false alarm with a probability below
 `FAMILY_LEVEL`, and seeds are fixed. What is known to be wrong has to be caught by the same tests with the
 same number of outputs.
@@ -54,7 +54,7 @@ def measure_everything() -> dict:
     """In a fresh process: all settings, and what else needs an engine of the toy pairs."""
     # Drafts of requests without a seed depend on their ids; with those fixed, every run of this is the same.
     os.environ["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"
-    import exactness
+    from benchmarks.exactness import exactness
 
     wanted = {**EXACT, **CONTROLS}
     settings = [setting for setting in exactness.SETTINGS if setting.name in wanted]

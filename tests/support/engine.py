@@ -286,5 +286,5 @@ if __name__ == "__main__":
     # Modules that import this one shall not get a second copy of it.
     sys.modules["engine"] = sys.modules["__main__"]
     # The modules that jobs name.
-    sys.path[:0] = [str(ROOT / "benchmarks"), *sorted({str(file.parent) for file in (ROOT / "tests").rglob("*.py")})]
+    sys.path[:0] = [str(ROOT), *sorted({str(file.parent) for file in (ROOT / "tests").rglob("*.py")})]
     _fork_for_jobs()

@@ -1,0 +1,1 @@
+"""Programs that measure, by question, and what writes the reports from their data; see README.md."""

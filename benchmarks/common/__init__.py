@@ -1,0 +1,1 @@
+"""Shared by all programs: methods, prompts, provenance and data files."""

@@ -1,0 +1,1 @@
+"""How engines are started, and how one method is measured in one."""

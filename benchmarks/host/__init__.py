@@ -1,0 +1,1 @@
+"""How much does our own work cost the host, without models?"""

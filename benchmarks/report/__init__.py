@@ -1,0 +1,1 @@
+"""Writes the reports from the data files."""

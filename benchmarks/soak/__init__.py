@@ -1,0 +1,1 @@
+"""Does a server survive? Thousands of requests of all kinds, good ones and malicious ones."""
