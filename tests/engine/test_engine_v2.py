@@ -33,6 +33,7 @@ WAYS: dict[str, tuple[dict, dict]] = {
 }
 # To the runner, the other strategies are no different.
 USUAL = tuple(name for name in WAYS if os.environ.get("TOKENTIMING_ALL") or name not in ("slem", "tli"))
+COUNTED = ("vllm:spec_decode_num_accepted_tokens", "vllm:tokentiming_draft_passes", "vllm:tokentiming_lessons")
 GRAMMAR = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 
 
@@ -273,6 +274,25 @@ def test_scheduled_asynchronously_greedy_output_is_plain_decodings():
     assert found["ours"][-1] == found["ours"][-2] and len(found["ours"][-1]) == 6
     assert found["counts"] > 0 and found["faults"] == []
     assert not found["ours, by default"]
+
+
+def write_with_ranks(ranks: int) -> dict:
+    """In a fresh process: greedy, seeded and other sampled requests, with so many ranks."""
+    os.environ["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"
+    # vLLM compiles an operation of several ranks in eager engines, too, and asks Triton for the accelerator.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    llm = start({}, tensor_parallel_size=ranks)
+    wanted = [engine.greedy(6), engine.greedy(6, temperature=0.9, seed=3), engine.greedy(6, temperature=0.9)]
+    outputs = engine.generate(llm, [text for text in texts(None)[::40][:2] for _ in wanted], wanted * 2)
+    counted = {metric.name: metric.value for metric in llm.get_metrics() if metric.name in COUNTED}
+    return {"outputs": outputs, "counted": counted}
+
+
+@longer
+def test_two_ranks_write_what_one_does():
+    alone, together = (engine.in_fresh_process(write_with_ranks, on_v2=True, ranks=ranks) for ranks in (1, 2))
+    assert together == alone
+    assert all(together["counted"].get(name, 0) > 0 for name in COUNTED)
 
 
 class Recorder:

@@ -27,6 +27,9 @@ from typing import Any
 
 import pytest
 
+if os.environ.get("TRITON_INTERPRET"):  # Before vLLM. Processes of several ranks import this file, too.
+    importlib.import_module("triton_interpreter")
+
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "examples" / "models"
 TARGET, DRAFT = str(MODELS / "target"), str(MODELS / "draft")
@@ -124,7 +127,6 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
 def _fork_for_jobs() -> None:
     """Do the jobs in the lines of the standard input, each in a fork, which ends with all that it started."""
     if os.environ.get("TRITON_INTERPRET"):
-        importlib.import_module("triton_interpreter")
         importlib.import_module("vllm.v1.worker.gpu.model_runner")
     importlib.import_module("vllm.entrypoints.llm")
     importlib.import_module("vllm.v1.engine.core")
