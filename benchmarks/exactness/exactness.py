@@ -137,7 +137,8 @@ def measure(
     Returns:
         One entry for each sampling.
     """
-    prompt, depth = prompt_ids(pair), min(DEPTH, tokens)
+    # The last token of an output is never proposed.
+    prompt, depth = prompt_ids(pair), min(DEPTH, tokens - 1)
     laws = [exact_law(pair, prompt, depth, sampling) for sampling in setting.samplings]
     needed = max(sequences_needed(law, level) for law in laws)
     number = number or (needed if setting.exact else CONTROL_SEQUENCES)
@@ -312,7 +313,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer settings and outputs than the power asks for")
     parser.add_argument("--settings", default="", help="only those whose name this regular expression is found in")
     parser.add_argument("--number", type=int, default=0, help="outputs of each sampling, instead of as many as needed")
-    parser.add_argument("--tokens", type=int, default=MAX_TOKENS, help="of each output; the first ones are tested")
+    parser.add_argument(
+        "--tokens", type=int, default=MAX_TOKENS, help="of each output, at least 3; the first ones are tested"
+    )
     parser.add_argument("--name", default="exactness", help="of the data file")
     parser.add_argument("--seed", type=int, default=0, help="engines take this seed and those after it")
     options = parser.parse_args()

@@ -40,7 +40,8 @@ os.environ.update(ENVIRONMENT, OMP_NUM_THREADS=str(os.cpu_count()))
 
 WORKLOADS = ("heldout/english_stories", "heldout/python", "heldout/russian_tinystories")
 CHARACTERS = 60
-PROPOSALS = 3
+PROPOSALS = 2
+TOKENS = PROPOSALS + 2  # The first one is of the prompt's pass, and the last one is never proposed.
 CHUNK = 1024  # Outputs between two lines of progress.
 CONTROL = "wrong temperature of q"
 
@@ -95,12 +96,12 @@ def write(llm: Any, prompt_ids: list[int], temperature: float, number: int) -> n
     """The first two tokens of so many outputs, `[number, 2]`."""
     from vllm import SamplingParams
 
-    wanted = SamplingParams(temperature=temperature, max_tokens=2, ignore_eos=True, detokenize=False)
+    wanted = SamplingParams(temperature=temperature, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
     outputs = np.empty((number, 2), dtype=np.int64)
     for start in range(0, number, CHUNK):
         size = min(CHUNK, number - start)
         finished = llm.generate([{"prompt_token_ids": prompt_ids}] * size, wanted, use_tqdm=False)
-        outputs[start : start + size] = [output.outputs[0].token_ids for output in finished]
+        outputs[start : start + size] = [output.outputs[0].token_ids[:2] for output in finished]
         print(f"  {start + size:,} of {number:,} outputs", flush=True)
     return outputs
 

@@ -23,7 +23,9 @@ import numpy.typing as npt
 
 from benchmarks.exactness.toy import Pair, Sampling
 
-MAX_TOKENS = 5  # So that the first step after the prompt may propose `NUM_PROPOSALS`, and one token more.
+MAX_TOKENS = (
+    5  # So that the first step after the prompt may propose `NUM_PROPOSALS`: vLLM takes no more than can be used.
+)
 NUM_PROPOSALS = 3
 CHUNK = 4096
 

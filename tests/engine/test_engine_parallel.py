@@ -68,7 +68,7 @@ def test_two_ranks_draft_as_one_does(sharded, alone):
 
 
 def test_two_ranks_draft_alike_with_what_the_first_one_has_learned(sharded, alone):
-    assert sharded["counted"]["vllm:tokentiming_lessons"] > 100
+    assert sharded["counted"]["vllm:tokentiming_lessons"] > 0
     assert sharded["unseeded"] == alone["unseeded"]
 
 
