@@ -18,7 +18,7 @@ from typing import Any
 import engine
 import pytest
 
-pytest.importorskip("vllm")  # Which brings along the client.
+pytest.importorskip("vllm.version")  # Which brings along the client.
 
 import openai
 

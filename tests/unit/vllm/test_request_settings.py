@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-pytest.importorskip("vllm")
+pytest.importorskip("vllm.version")  # The tests have a folder called `vllm`, too.
 
 from vllm_tokentiming.config import ATTRIBUTE, SettingsError
 from vllm_tokentiming.vllm import request_settings

@@ -16,7 +16,7 @@ from pathlib import Path
 import engine
 import pytest
 
-pytest.importorskip("vllm")
+pytest.importorskip("vllm.version")  # The tests have a folder called `vllm`, too.
 
 from vllm_tokentiming.config import SettingsError
 from vllm_tokentiming.vllm import requirements

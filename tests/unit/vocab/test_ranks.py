@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("vllm")  # Which brings along the two that follow.
+pytest.importorskip("vllm.version")  # Which brings along the two that follow.
 
 import mistral_common
 import tiktoken
