@@ -80,7 +80,7 @@ test-unit: $(UNIT)/ready  # Without vLLM, on $(PYTHON): what needs vLLM is skipp
 
 $(UNIT)/ready: $(BUILT_FROM)
 	$(PYTHON) -m venv --clear $(UNIT)
-	$(UNIT)/bin/python -m pip install --quiet "$(TORCH)" --editable ".[test]"
+	$(UNIT)/bin/python -m pip install --quiet "$(TORCH)" --editable ".[test]" "cython>=3.1,<4" "setuptools>=77"
 	@touch $@
 
 test-engine: $(READY)

@@ -12,6 +12,8 @@ import math
 import engine
 import pytest
 
+pytestmark = pytest.mark.engine
+
 VOCABULARY = 23
 NUM_TRIALS = 60
 # Proposals per request. With and without requests that have none; the longest is as long as a batch may have.
