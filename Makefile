@@ -26,7 +26,7 @@ PUBLISHED_ARGS = --target "$(PUBLISHED_TARGET)" --draft "$(PUBLISHED_DRAFT)" --p
 MEASURED = kernels overhead acceptance greedy repeatability speed draft_step \
 	$(if $(PUBLISHED_TARGET),acceptance_published repeatability_published startup)
 # Longer ones, which are asked for by name: make results-soak.
-LONG = speed_published exactness_published serving scaling exactness learning pairs soak soak_pressure
+LONG = speed_published exactness_published exactness_v2 serving scaling exactness learning pairs soak soak_pressure
 
 # Test files that run at a time.
 WORKERS ?= 2
@@ -186,6 +186,12 @@ results-scaling:
 
 results-exactness:
 	$(BENCH).exactness.exactness --quick
+
+# An hour and a half: a step of the interpreter takes tenths of a second.
+results-exactness_v2:
+	PYTHONPATH="$(CURDIR)/.venv/triton:$(CURDIR)" $(BIN)/python scripts/triton_interpreter.py -m benchmarks.exactness.exactness \
+		--enforce-eager --settings "^(tokentiming|temperature 0.7|control: wrong temperature)$$" --tokens 3 --number 20000 \
+		--name exactness_v2
 
 results-exactness_published:
 	$(BENCH).exactness.published $(PUBLISHED_ARGS)

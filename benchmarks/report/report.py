@@ -47,6 +47,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "scaling": ("How that grows with requests, context, proposals and vocabulary", tables.scaling),
     "kernels": ("The alignment kernels beside other libraries", tables.kernels),
     "exactness": ("Exactness of sampled output", tables.exactness),
+    "exactness_v2": ("Exactness of sampled output on model runner V2", tables.exactness),
 }
 LINKS = {
     "benchmarks/RESULTS.md": "speeds, exactness, and where it loses",
