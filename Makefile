@@ -80,7 +80,8 @@ test-unit: $(UNIT)/ready  # Without vLLM, on $(PYTHON): what needs vLLM is skipp
 
 $(UNIT)/ready: $(BUILT_FROM)
 	$(PYTHON) -m venv --clear $(UNIT)
-	$(UNIT)/bin/python -m pip install --quiet "$(TORCH)" --editable ".[test]" "cython>=3.1,<4" "setuptools>=77"
+	$(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'], sep='\n')" >$(UNIT)/build.txt
+	$(UNIT)/bin/python -m pip install --quiet "$(TORCH)" --editable ".[test]" --requirement $(UNIT)/build.txt
 	@touch $@
 
 test-engine: $(READY)

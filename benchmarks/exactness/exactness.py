@@ -35,12 +35,13 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from benchmarks.common.provenance import DATA, RAW, provenance, write_data
 from benchmarks.exactness.goodness_of_fit import MARGINALS, POWER, TOTAL_VARIATION, goodness_of_fit, sequences_needed
@@ -48,6 +49,8 @@ from benchmarks.exactness.hooks import rows_counted, spoilt
 from benchmarks.exactness.same_vocabulary import compare_acceptance, print_acceptance
 from benchmarks.exactness.toy import Pair, Sampling, cells, exact_law, load, make_pairs, next_token_laws, prompt_ids
 from benchmarks.exactness.toy_engine import MAX_TOKENS, engine, parameters, spec_counters, write
+
+Written = TypeVar("Written")
 
 FAMILY_LEVEL = 0.01
 DEPTH = 4  # Tokens whose law is enumerated.
@@ -121,6 +124,59 @@ QUICK = (
 )
 
 
+def observe(llm: Any, spoil: str, write_outputs: Callable[[], Written]) -> tuple[Written, dict[str, Any]]:
+    """Let an engine write, and count what its drafts did meanwhile.
+
+    Args:
+        llm: The engine.
+        spoil: A key of `SPOILERS`, or empty.
+        write_outputs: Lets it write.
+
+    Returns:
+        What was written, and the part of an entry that tells how.
+    """
+    before, began = spec_counters(llm), time.monotonic()
+    with rows_counted() as rows, spoilt(spoil):
+        written = write_outputs()
+    seconds, counted = time.monotonic() - began, spec_counters(llm)
+    counted.subtract(before)
+    return written, {
+        "seconds": seconds,
+        "proposed": counted["draft_tokens"],
+        "accepted": counted["accepted_tokens"],
+        # Every pass of the target writes one token of its own, and what it accepts.
+        "tokens_per_pass": 1 + counted["accepted_tokens"] / max(1, counted["drafts"]),
+        "rows": dict(rows),
+    }
+
+
+def judge(
+    law: npt.NDArray[np.float64], found: npt.NDArray[np.int64], level: float, *, valid: bool, exact: bool
+) -> dict[str, Any]:
+    """Hold outputs against a law.
+
+    Args:
+        law: An axis of cells for each token.
+        found: `[n, tokens]`, the cells of the outputs.
+        level: Of each test.
+        valid: Whether anything was at stake.
+        exact: Whether the outputs have to have that law.
+
+    Returns:
+        The part of an entry that tells the verdict.
+    """
+    tests = goodness_of_fit(law, found, level)
+    least = min(test["p"] for test in tests)
+    passed = least >= level
+    return {
+        "least_p": least,
+        "largest_tv_excess": max(test["tv"] - test["tv_expected"] for test in tests),
+        "passed": passed,
+        "as_it_should_be": valid and passed == exact,
+        "tests": tests,
+    }
+
+
 def measure(
     llm: Any, setting: Setting, pair: Pair, level: float, number: int = 0, tokens: int = MAX_TOKENS
 ) -> list[dict[str, Any]]:
@@ -142,11 +198,10 @@ def measure(
     laws = [exact_law(pair, prompt, depth, sampling) for sampling in setting.samplings]
     needed = max(sequences_needed(law, level) for law in laws)
     number = number or (needed if setting.exact else CONTROL_SEQUENCES)
-    before, began = spec_counters(llm), time.monotonic()
-    with rows_counted() as rows, spoilt(setting.spoil):
-        written = write(llm, setting.samplings, prompt, number, setting.seeded, tokens)
-    seconds, counted = time.monotonic() - began, spec_counters(llm)
-    counted.subtract(before)
+    written, counted = observe(
+        llm, setting.spoil, lambda: write(llm, setting.samplings, prompt, number, setting.seeded, tokens)
+    )
+    valid = setting.speculation is None or counted["accepted"] > 0
     common = {
         "setting": setting.name,
         "exact": setting.exact,
@@ -155,31 +210,16 @@ def measure(
         "sequences": number,
         "sequences_needed": needed,
         "level": level,
-        "seconds": seconds,
-        "proposed": counted["draft_tokens"],
-        "accepted": counted["accepted_tokens"],
-        # Every pass of the target writes one token of its own, and what it accepts.
-        "tokens_per_pass": 1 + counted["accepted_tokens"] / max(1, counted["drafts"]),
-        "rows": dict(rows),
+        **counted,
     }
-    entries = []
-    for sampling, law, outputs in zip(setting.samplings, laws, written, strict=True):
-        tests = goodness_of_fit(law, cells(pair, outputs[:, :depth]), level)
-        least = min(test["p"] for test in tests)
-        passed = least >= level
-        valid = setting.speculation is None or counted["accepted_tokens"] > 0
-        entries.append(
-            {
-                **common,
-                "sampling": dataclasses.asdict(sampling),
-                "least_p": least,
-                "largest_tv_excess": max(test["tv"] - test["tv_expected"] for test in tests),
-                "passed": passed,
-                "as_it_should_be": valid and passed == setting.exact,
-                "tests": tests,
-            }
-        )
-    return entries
+    return [
+        {
+            **common,
+            "sampling": dataclasses.asdict(sampling),
+            **judge(law, cells(pair, outputs[:, :depth]), level, valid=valid, exact=setting.exact),
+        }
+        for sampling, law, outputs in zip(setting.samplings, laws, written, strict=True)
+    ]
 
 
 def law_against_vllm(pair: Pair, samplings: Sequence[Sampling]) -> float:

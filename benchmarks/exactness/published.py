@@ -12,36 +12,35 @@ reads each prompt once and takes it from its prefix cache after that, as vLLM do
 """
 
 import argparse
+import functools
 import os
-import time
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.common.grid import OURS, with_draft
 from benchmarks.common.provenance import provenance, write_data
 from benchmarks.common.workloads import load as load_prompts
-from benchmarks.engines.conditions import ENVIRONMENT, add_pair, conditions
-from benchmarks.exactness.exactness import FAMILY_LEVEL, HEADER, NO_LEARNING, reduced, row_of_table
+from benchmarks.engines.conditions import ENVIRONMENT, add_pair, conditions, departures, start
+from benchmarks.exactness.exactness import FAMILY_LEVEL, HEADER, NO_LEARNING, judge, observe, reduced, row_of_table
 from benchmarks.exactness.goodness_of_fit import (
     LEAST_EXPECTED,
     POWER,
     TOTAL_VARIATION,
-    goodness_of_fit,
     marginals_of,
     sequences_needed,
 )
-from benchmarks.exactness.hooks import rows_counted, spoilt
 from benchmarks.exactness.toy import Sampling, load, next_token_laws
-from benchmarks.exactness.toy_engine import spec_counters
 
-# An engine reads these when vLLM is imported, which is later. For its tiny models, `toy_engine` asks for one thread.
+# An engine reads these when vLLM is imported, which is later. `exactness` asks for one thread, for its tiny models.
 os.environ.update(ENVIRONMENT, OMP_NUM_THREADS=str(os.cpu_count()))
 
 WORKLOADS = ("heldout/english_stories", "heldout/python", "heldout/russian_tinystories")
 CHARACTERS = 60
 PROPOSALS = 2
 TOKENS = PROPOSALS + 2  # The first one is of the prompt's pass, and the last one is never proposed.
+ENGINE = {"dtype": "float32", "max_num_seqs": 64, "max_model_len": 256}
 CHUNK = 1024  # Outputs between two lines of progress.
 CONTROL = "wrong temperature of q"
 
@@ -98,27 +97,12 @@ def write(llm: Any, prompt_ids: list[int], temperature: float, number: int) -> n
 
     wanted = SamplingParams(temperature=temperature, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
     outputs = np.empty((number, 2), dtype=np.int64)
-    for start in range(0, number, CHUNK):
-        size = min(CHUNK, number - start)
+    for first in range(0, number, CHUNK):
+        size = min(CHUNK, number - first)
         finished = llm.generate([{"prompt_token_ids": prompt_ids}] * size, wanted, use_tqdm=False)
-        outputs[start : start + size] = [output.outputs[0].token_ids[:2] for output in finished]
-        print(f"  {start + size:,} of {number:,} outputs", flush=True)
+        outputs[first : first + size] = [output.outputs[0].token_ids[:2] for output in finished]
+        print(f"  {first + size:,} of {number:,} outputs", flush=True)
     return outputs
-
-
-def start(options: argparse.Namespace, settings: dict[str, Any]) -> Any:
-    """An engine of the pair; with settings of ours."""
-    from vllm import LLM
-
-    speculative = {
-        "method": "tokentiming", "model": str(options.draft), "num_speculative_tokens": PROPOSALS,
-        # How much pays on this machine is another question.
-        "adaptive_length": False, **settings,
-    }  # fmt: skip
-    return LLM(
-        str(options.target), speculative_config=speculative, dtype="float32", seed=options.seed, max_num_seqs=64,
-        max_model_len=256, disable_log_stats=False, worker_extension_cls="benchmarks.engines.worker_side.WorkerSide",
-    )  # fmt: skip
 
 
 def main() -> None:
@@ -145,46 +129,33 @@ def main() -> None:
     print(f"level of each test: {level:.1e}\n{HEADER}")
     entries, ran = [], {}
 
-    def measure(llm: Any, case: tuple[str, list[int], float, Law], spoiler: str) -> None:
-        name, prompt_ids, temperature, law = case
-        before, began = spec_counters(llm), time.monotonic()
-        with rows_counted() as rows, spoilt(spoiler):
-            outputs = write(llm, prompt_ids, temperature, options.number)
-        seconds, counted = time.monotonic() - began, spec_counters(llm)
-        counted.subtract(before)
-        tests = goodness_of_fit(law.table, law.cells(outputs), level)
-        least = min(test["p"] for test in tests)
-        entry = {
-            "setting": f"control: {CONTROL}, {name}" if spoiler else name,
-            "exact": not spoiler,
-            "sequences": options.number,
-            "sequences_needed": sequences_needed(law.table, level),
-            "seconds": seconds,
-            "proposed": counted["draft_tokens"],
-            "accepted": counted["accepted_tokens"],
-            # One pass reads the prompt, and each other one writes a token of its own besides what it accepts.
-            "tokens_per_pass": 1 + counted["accepted_tokens"] / counted["drafts"],
-            "rows": dict(rows),
-            "sampling": {**vars(Sampling()), "temperature": temperature},
-            "least_p": least,
-            "passed": least >= level,
-            "as_it_should_be": counted["accepted_tokens"] > 0 and (least >= level) != bool(spoiler),
-            "tests": tests,
-        }
-        entries.append(entry)
-        print(row_of_table(entry), flush=True)
-
     for settings, chosen, spoiler in (({}, cases, ""), (NO_LEARNING, cases[-1:], "temperature")):
-        llm = start(options, settings)
+        # How much pays on this machine is another question.
+        speculative = with_draft(OURS, PROPOSALS, options.draft, adaptive_length=False, **settings)
+        # Each prompt comes thousands of times, and is read once.
+        llm = start(str(options.target), speculative, {**ENGINE, "enable_prefix_caching": True}, options.seed)
         ran = conditions(llm)
-        for case in chosen:
-            measure(llm, case, spoiler)
+        for name, prompt_ids, temperature, law in chosen:
+            outputs, counted = observe(
+                llm, spoiler, functools.partial(write, llm, prompt_ids, temperature, options.number)
+            )
+            entry = {
+                "setting": f"control: {CONTROL}, {name}" if spoiler else name,
+                "exact": not spoiler,
+                "sequences": options.number,
+                "sequences_needed": sequences_needed(law.table, level),
+                **counted,
+                "sampling": {**vars(Sampling()), "temperature": temperature},
+                **judge(law.table, law.cells(outputs), level, valid=counted["accepted"] > 0, exact=not spoiler),
+            }
+            entries.append(entry)
+            print(row_of_table(entry), flush=True)
         del llm
     content = {
         "provenance": provenance(),
         "pair": options.pair,
-        "conditions": ran,
-        "departures": ["computed in float32, as the law is", "a fixed number of draft tokens"],
+        "conditions": {OURS: ran},
+        "departures": [*departures(ENGINE), "in one process", "always as many proposals as there can be"],
         "levels": {"family_level": FAMILY_LEVEL, "total_variation": TOTAL_VARIATION, "power": POWER},
         "rows": [reduced(entry) for entry in entries],
         "others": [],

@@ -1,4 +1,4 @@
-"""How drafts have done lately: of one request, and of all that had the draft's same confidence.
+"""How drafts have done lately: of one request, and of all tokens of which the draft was as sure.
 
 Both forget, because a text changes, and so does what is asked.
 """
