@@ -17,6 +17,7 @@ smaller types a pass of several tokens may round two nearly equal logits otherwi
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.common import workloads
@@ -26,26 +27,34 @@ from benchmarks.common.reduce import different
 from benchmarks.engines.conditions import add_options, add_pair, departures, engine_of, run_once
 
 
-def measure(options: argparse.Namespace, cases: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+def measure(
+    options: argparse.Namespace, cases: list[dict[str, Any]], plain_temperatures: Sequence[float]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Let every method write.
 
     Args:
         options: Of the command line.
         cases: As `measure_vllm.measure` takes them.
+        plain_temperatures: At which plain decoding writes too.
 
     Returns:
         By method, its `conditions` and `rows` as `measure_vllm.measure` gives them; and by method that failed, why.
     """
     job = {
         "target": str(options.target), "engine": engine_of(options), "seed": options.seed, "tokens": options.tokens,
-        "temperatures": options.temperatures, "seeded": True, "cases": cases,
+        "seeded": True, "cases": cases,
     }  # fmt: skip
     results, failed = {}, {}
     for name in options.methods:
+        temperatures = plain_temperatures if name == PLAIN else options.temperatures
+        if not temperatures:
+            continue
         speculative = with_draft(name, options.proposals, options.draft, adaptive_length=False)
         try:
             results[name] = run_once(
-                "benchmarks.engines.measure_vllm", {**job, "speculative": speculative}, f"{options.name}/{name}"
+                "benchmarks.engines.measure_vllm",
+                {**job, "speculative": speculative, "temperatures": temperatures},
+                f"{options.name}/{name}",
             )
             print(f"{name}: done", flush=True)
         except RuntimeError as error:
@@ -97,7 +106,8 @@ def main() -> None:
         if len(prompts) < options.num_prompts or len(prompts) % options.group:
             parser.error(f"{workload} has {len(prompts)} prompts; --num-prompts must be no more, in whole groups.")
         cases.append({"workload": workload, "concurrency": options.group, "prompts": prompts})
-    results, failed = measure(options, cases)
+    # Plain decoding has 1 token per pass; only its greedy text is of use, which the others' has to be.
+    results, failed = measure(options, cases, [t for t in options.temperatures if t == 0])
     rows = reduced(results)
     content = {
         "provenance": provenance(),

@@ -94,7 +94,7 @@ def measure(options: argparse.Namespace) -> None:
     options.target, options.draft = (options.pair / name for name in ("target", "draft"))
     options.methods, options.temperatures = COMPARED, TEMPERATURES
     cases = [{"workload": n, "concurrency": options.group, "prompts": texts[:number]} for n, texts in prompts.items()]
-    results, failed = write_all(options, cases)
+    results, failed = write_all(options, cases, options.temperatures)
     rows = []
     written: dict[str, list[str]] = {}
     tokenizer = AutoTokenizer.from_pretrained(options.target)
