@@ -26,7 +26,7 @@ PUBLISHED_ARGS = --target "$(PUBLISHED_TARGET)" --draft "$(PUBLISHED_DRAFT)" --p
 MEASURED = kernels overhead acceptance greedy repeatability speed draft_step \
 	$(if $(PUBLISHED_TARGET),acceptance_published repeatability_published startup)
 # Longer ones, which are asked for by name: make results-soak.
-LONG = speed_published exactness_published exactness_v2 serving scaling exactness learning pairs soak soak_pressure
+LONG = speed_published exactness_published exactness_v2 serving scaling exactness learning languages pairs soak soak_pressure
 
 # Test files that run at a time.
 WORKERS ?= 2
@@ -199,6 +199,10 @@ results-exactness_published:
 
 results-learning:
 	$(BENCH).acceptance.learning
+
+results-languages:
+	$(BENCH).acceptance.languages prepare --out build/languages
+	$(BENCH).acceptance.languages measure $(PUBLISHED_ARGS) --name languages --prompts build/languages/prompts.json --dtype float32
 
 results-pairs:
 	$(BENCH).acceptance.pairs --tokenizers "$(TOKENTIMING_DATA)/tokenizers" --texts "$(TOKENTIMING_DATA)/multilingual"

@@ -1,9 +1,12 @@
-"""What a pair that was trained on many languages wins in each of them.
+"""What a pair whose models know many languages wins in each of them.
 
     python -m benchmarks.acceptance.languages prepare --out DIR
+    python -m benchmarks.acceptance.languages measure --prompts DIR/prompts.json --target DIR --draft DIR --pair NAME
+
+A pair that is trained on the same languages:
+
     python examples/train_pair.py --text DIR/train.txt --out DIR/pair --held-out 20 --bf16 \
         --target-tokens 5500000 --draft-tokens 11000000
-    python -m benchmarks.acceptance.languages measure --pair DIR/pair --prompts DIR/prompts.json
 
 The text is XQuAD, the same articles in twelve languages, from the folder that `TOKENTIMING_DATA` names; prompts are
 beginnings of parts of documents that are not in `train.txt`. The corpus does not say which language a document is in:
@@ -27,9 +30,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.acceptance.acceptance import measure as write_all
-from benchmarks.common.provenance import DATA, ROOT, provenance, write_data
+from benchmarks.common.provenance import ROOT, provenance, write_data
 from benchmarks.common.workloads import data_folder
-from benchmarks.engines.conditions import add_options, departures, engine_of
+from benchmarks.engines.conditions import add_options, add_pair, departures, engine_of
 from vllm_tokentiming.inspection import block_shares
 from vllm_tokentiming.vocab.pair import Vocabulary, VocabularyPair
 
@@ -91,7 +94,6 @@ def measure(options: argparse.Namespace) -> None:
     """Let every method write, language by language, and write the data file."""
     prompts = json.loads(options.prompts.read_text())
     number = min([*map(len, prompts.values()), options.num_prompts]) // options.group * options.group
-    options.target, options.draft = (options.pair / name for name in ("target", "draft"))
     options.methods, options.temperatures = COMPARED, TEMPERATURES
     cases = [{"workload": n, "concurrency": options.group, "prompts": texts[:number]} for n, texts in prompts.items()]
     results, failed = write_all(options, cases, options.temperatures)
@@ -117,13 +119,14 @@ def measure(options: argparse.Namespace) -> None:
         "provenance": provenance(),
         "departures": departures(engine_of(options)),
         "conditions": {name: result["conditions"] for name, result in results.items()},
+        "pair": options.pair,
         "failed": failed,
         "prompts_of_each": number,
         "agreement": agreement(options.target, options.draft, written),
         "blocks": blocks(options.target, options.draft, written),
         "rows": rows,
     }
-    write_data(options.out / "languages.json", content)
+    write_data(options.out / f"{options.name}.json", content)
 
 
 def agreement(target: Path, draft: Path, texts: dict[str, list[str]]) -> dict[str, dict[str, float]]:
@@ -159,13 +162,12 @@ def main() -> None:
     command.add_argument("--out", type=Path, required=True)
     command = commands.add_parser("measure")
     command.set_defaults(run=measure)
-    command.add_argument("--pair", type=Path, required=True, help="folder with `target` and `draft`")
+    add_pair(command, "languages")
     command.add_argument("--prompts", type=Path, required=True)
     command.add_argument("--group", type=int, default=4, help="prompts in a batch, and in an observation")
     command.add_argument("--tokens", type=int, default=48)
     command.add_argument("--proposals", type=int, default=5)
     command.add_argument("--num-prompts", type=int, default=1000, help="of each language, at most")
-    command.add_argument("--out", type=Path, default=DATA, help="folder of the data file")
     add_options(command)
     options = parser.parse_args()
     options.run(options)

@@ -13,8 +13,9 @@ def languages(found: dict[str, Any]) -> str:
     """What is won in each language, in short and in full."""
     parts = [
         "# Languages\n\n"
-        "Written by `benchmarks/report/` from the data of `acceptance/languages.py`, which says what is measured,\n"
-        f"and how the pair was trained. Bytes per target pass, with 95 % intervals.\n{origin(found)}\n"
+        "Written by `benchmarks/report/` from the data of `acceptance/languages.py`, which says what is measured.\n"
+        f"{found['pair']}: bytes per target pass, with 95 % intervals; {found['prompts_of_each']} prompts of each "
+        f"language.\n{origin(found)}\n"
         "## In short\n"
     ]
     sections = []

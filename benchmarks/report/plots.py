@@ -11,11 +11,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks.common.grid import METHODS
+from benchmarks.common.grid import METHODS, OURS, PLAIN
 from benchmarks.report.results import Measured
+from benchmarks.report.tables import Accepted
 
-# A method has one colour in all pictures.
-COLOURS = {method: plt.get_cmap("tab10")(place) for place, method in enumerate(METHODS)}
+# A method has one colour in all pictures; ours has the first.
+COLOURS = {
+    method: plt.get_cmap("tab10")(place) for place, method in enumerate(sorted(METHODS, key=lambda name: name != OURS))
+}
 
 
 def _save(figure: plt.Figure, path: Path) -> Path:
@@ -27,6 +30,25 @@ def _save(figure: plt.Figure, path: Path) -> Path:
 
 def _methods(measured: Sequence[Measured]) -> list[str]:
     return [method for method in METHODS if any(m.method == method for m in measured)]
+
+
+def tokens_per_pass(accepted: Accepted, path: Path) -> Path:
+    """Bars with intervals: a group for each temperature; plain decoding has 1."""
+    methods = [method for method in METHODS if method in accepted.methods and method != PLAIN]
+    figure, axes = plt.subplots(figsize=(1.6 + 1.6 * len(accepted.temperatures), 2.8))
+    width = 0.85 / len(methods)
+    for place, method in enumerate(methods):
+        found = [accepted.tokens_per_pass(method, temperature) for temperature in accepted.temperatures]
+        heights = np.array([estimate.value for estimate in found])
+        axes.bar(
+            [x + (place - (len(methods) - 1) / 2) * width for x in range(len(found))], heights, width,
+            yerr=np.abs(np.array([[e.low, e.high] for e in found]).T - heights),
+            color=COLOURS[method], label=method, error_kw={"lw": 0.8},
+        )  # fmt: skip
+    axes.set_xticks(range(len(accepted.temperatures)), [f"T = {t:g}" for t in accepted.temperatures])
+    axes.set(ylabel="tokens per target pass", ylim=(1, None))
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return _save(figure, path)
 
 
 def speedup_by_workload(measured: Sequence[Measured], path: Path) -> Path:

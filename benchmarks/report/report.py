@@ -29,6 +29,7 @@ from benchmarks.report.values import values_of
 
 FINDINGS = ROOT / "benchmarks" / "findings.md"
 README = "README.md"
+README_ACCEPTANCE, README_PICTURE = "acceptance_published", "tokens_per_pass.png"
 BEGIN, END = "<!-- written by benchmarks/report/ -->\n", "<!-- end of what it writes -->\n"
 REPORTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "benchmarks/LANGUAGES.md": ("languages", languages),
@@ -51,7 +52,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 }
 LINKS = {
     "benchmarks/RESULTS.md": "speeds, exactness, and where it loses",
-    "benchmarks/LANGUAGES.md": "what a pair that was trained on twelve languages wins in each of them",
+    "benchmarks/LANGUAGES.md": "what is won in each of twelve languages",
     "benchmarks/PAIRS.md": "what every two of eight well-known tokenizers make of each other in twelve languages",
     "benchmarks/SOAK.md": "what became of thousands of requests of all kinds to one server, malicious ones too",
 }
@@ -112,7 +113,7 @@ def results(data: Data) -> str:
 def readme_part(data: Data) -> str:
     """What stands between the two marks in `README.md`: tokens per pass, what repeats itself, links to the reports."""
     lines = []
-    if accepted := [name for name in ("acceptance_published", "acceptance") if name in data]:
+    if accepted := [name for name in (README_ACCEPTANCE, "acceptance") if name in data]:
         found = data[accepted[0]]
         settings, made = found["settings"], found["provenance"]
         lines.append(
@@ -122,6 +123,8 @@ def readme_part(data: Data) -> str:
             f"95 % intervals; {'; '.join([*found.get('departures', ()), made['hardware']])}.\n\n"
             f"{tables.Accepted(found).table()}"
         )
+    if README_ACCEPTANCE in data:
+        lines.append(f"![Tokens per target pass by method and temperature](benchmarks/plots/{README_PICTURE})\n")
     lines += [
         tables.repeatability_in_short(data[name])
         for name in ("repeatability_published", "repeatability")
@@ -170,6 +173,9 @@ def pictures(data: Data) -> dict[str, Callable[[Path], object]]:
         return plots
 
     found: dict[str, Callable[[Path], object]] = {}
+    if README_ACCEPTANCE in data:
+        accepted = tables.Accepted(data[README_ACCEPTANCE])
+        found[README_PICTURE] = lambda path: plots().tokens_per_pass(accepted, path)
     if "speed" in data:
         suite = Suite(data["speed"])
         found["speedup_by_workload.png"] = lambda path: plots().speedup_by_workload(suite.main, path)
@@ -200,7 +206,7 @@ def differences(data: Data, root: Path) -> Iterator[str]:
     for name in REPORTS:
         if name not in rendered and (root / name).exists():
             yield f"{name} is there, but its data is not"
-    folder, referred = root / "benchmarks/plots", set(re.findall(r"\(plots/(.+?)\)", "".join(rendered.values())))
+    folder, referred = root / "benchmarks/plots", set(re.findall(r"[(/]plots/(.+?)\)", "".join(rendered.values())))
     there = {path.name for path in folder.glob("*.png")}
     yield from (f"plots/{name} is referred to, but missing" for name in sorted(referred - there))
     yield from (f"plots/{name} is there, but no report refers to it" for name in sorted(there - referred))
