@@ -37,7 +37,7 @@ from benchmarks.exactness.toy import Sampling, load, next_token_laws
 os.environ.update(ENVIRONMENT, OMP_NUM_THREADS=str(os.cpu_count()))
 
 WORKLOADS = ("heldout/english_stories", "heldout/python", "heldout/russian_tinystories")
-CHARACTERS = 60
+CHARACTERS = 24
 PROPOSALS = 2
 TOKENS = PROPOSALS + 2  # The first one is of the prompt's pass, and the last one is never proposed.
 ENGINE = {"dtype": "float32", "max_num_seqs": 64, "max_model_len": 256}

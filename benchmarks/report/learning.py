@@ -28,5 +28,8 @@ def learning(found: dict[str, Any]) -> str:
         f"On {found['pair']}: the same {settings['num_prompts']} prompts of each kind, {settings['tokens']} tokens "
         f"each, {settings['block']} requests at a time, always {settings['proposals']} proposals, with a draft that "
         "learns from what the target verifies, and with one that stays as it is. 95 % intervals over pairs of "
-        "blocks.\n\n" + table(("text", "tokens", "without", "with learning", "times as many"), lines) + origin(found)
+        "blocks.\n\n"
+        + table(("text", "tokens", "without", "with learning", "times as many"), lines)
+        + "\nOver the tokens that were verified; each point is the mean of the quarter of them that ends there:\n\n"
+        "![Tokens per target pass over verified tokens](plots/learning.png)\n" + origin(found)
     )

@@ -166,3 +166,24 @@ def scaling(results: Sequence[dict[str, Any]], path: Path) -> Path:
     panels[0, 0].set_ylabel("µs for a request and step")
     panels[0, -1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return _save(figure, path)
+
+
+def learning_curve(found: dict[str, Any], path: Path) -> Path:
+    """Lines over the tokens verified so far: a panel for each kind of text and temperature; a window slides."""
+    panels = list(dict.fromkeys((row["workload"], row["temperature"]) for row in found["rows"]))
+    figure, drawn = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3), sharey=True, squeeze=False)
+    for axes, (workload, temperature) in zip(drawn[0], panels, strict=True):
+        for learns, label, style in ((True, "learning", "-"), (False, "not learning", "--")):
+            (row,) = (
+                row
+                for row in found["rows"]
+                if (row["workload"], row["temperature"], row["learning"]) == (workload, temperature, learns)
+            )
+            width = max(1, len(row["tokens"]) // 4)
+            tokens, passes = (np.convolve(row[name], np.ones(width), "valid") for name in ("tokens", "passes"))
+            verified = np.cumsum(row["tokens"])[width - 1 :]
+            axes.plot(verified, tokens / passes, style, color=COLOURS[OURS], label=label)
+        axes.set(xlabel="tokens verified", title=f"{workload}, T = {temperature:g}")
+    drawn[0, 0].set_ylabel("tokens per target pass")
+    drawn[0, -1].legend(fontsize="small")
+    return _save(figure, path)

@@ -176,6 +176,8 @@ def pictures(data: Data) -> dict[str, Callable[[Path], object]]:
     if README_ACCEPTANCE in data:
         accepted = tables.Accepted(data[README_ACCEPTANCE])
         found[README_PICTURE] = lambda path: plots().tokens_per_pass(accepted, path)
+    if "learning" in data:
+        found["learning.png"] = lambda path: plots().learning_curve(data["learning"], path)
     if "speed" in data:
         suite = Suite(data["speed"])
         found["speedup_by_workload.png"] = lambda path: plots().speedup_by_workload(suite.main, path)
