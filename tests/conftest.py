@@ -37,6 +37,9 @@ longer = pytest.mark.skipif(not os.environ.get("TOKENTIMING_ALL"), reason="make 
 
 _SEARCH = int(os.environ.get("TOKENTIMING_SEARCH", 0))
 
+# Without this, a failed assert of these modules would not say what differed.
+pytest.register_assert_rewrite("context_follower", "encoders")
+
 
 # Files that compile real models take longest; with several workers, they have to begin first.
 _LONGEST = tuple(
