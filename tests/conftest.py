@@ -46,7 +46,9 @@ _LONGEST = tuple(
     f"test_engine_{name}"
     for name in (
         "exactness",
-        "v2",
+        "v2_output",
+        "v2_lifecycle",
+        "v2_proposals",
         "defaults",
         "published",  # Not the first: its models may still be made.
         "targets",
