@@ -37,13 +37,18 @@ longer = pytest.mark.skipif(not os.environ.get("TOKENTIMING_ALL"), reason="make 
 
 _SEARCH = int(os.environ.get("TOKENTIMING_SEARCH", 0))
 
+# Without this, a failed assert of these modules would not say what differed.
+pytest.register_assert_rewrite("context_follower", "encoders")
+
 
 # Files that compile real models take longest; with several workers, they have to begin first.
 _LONGEST = tuple(
     f"test_engine_{name}"
     for name in (
         "exactness",
-        "v2",
+        "v2_output",
+        "v2_lifecycle",
+        "v2_proposals",
         "defaults",
         "published",  # Not the first: its models may still be made.
         "targets",

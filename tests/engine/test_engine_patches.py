@@ -17,7 +17,7 @@ pytestmark = pytest.mark.engine
 
 MAX_TOKENS = 8
 AT_START, WHILE_STARTING = "EngineArgs.create_speculative_config", "GPUModelRunner.profile_run"
-# These choose runner V2, in `test_engine_v2.py`.
+# These choose runner V2, in `test_engine_v2_lifecycle.py`.
 CHOICE = ("VllmConfig._get_v2_model_runner_unsupported_features", "WorkerBase.__init__")
 WHEN = ("before", "after")
 # What is called in our part of a step's sampling, and around it: owner and name.

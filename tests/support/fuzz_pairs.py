@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from conftest import EXACT, LOSSY, load_pair, need, spellable
-from test_context import CODE, EMOJI, follow
+from context_follower import CODE, EMOJI, follow
 
 from vllm_tokentiming.align.retokenize import retokenize
 from vllm_tokentiming.align.transducer import Transducer
