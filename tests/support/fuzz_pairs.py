@@ -1,6 +1,6 @@
 """Searches, for as long as it is told, for a text and a schedule that a pair of vocabularies gets wrong.
 
-    TOKENTIMING_DATA=DIR python tests/fuzz_pairs.py --minutes 10 --out fuzz.json
+    PYTHONPATH=tests:tests/support TOKENTIMING_DATA=DIR python tests/support/fuzz_pairs.py --minutes 10 --out fuzz.json
 
 Every case draws a pair (lossy ones included), a text, and what is drafted and accepted of it, and checks what
 `test_context.py`, `test_retokenize.py` and `test_transducer.py` promise. A failure is printed with its number, and
