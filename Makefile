@@ -10,6 +10,7 @@ READY := .venv/ready
 WIDE := .venv/demo-target
 # Two published models, which the tests run on, too. Gemma's terms have to be accepted: ACCEPT_GEMMA_TERMS=1.
 PUBLISHED := .venv/published
+REFERENCES := .venv/references/smollm2
 # Real vocabularies and prompts; tests that need them are skipped where they are absent.
 TOKENTIMING_DATA ?= $(abspath $(wildcard ../shared/data))
 # One thread: the embedded models are too small to share among threads that wait for each other.
@@ -26,7 +27,7 @@ PUBLISHED_ARGS = --target "$(PUBLISHED_TARGET)" --draft "$(PUBLISHED_DRAFT)" --p
 MEASURED = kernels overhead acceptance greedy repeatability speed draft_step \
 	$(if $(PUBLISHED_TARGET),acceptance_published repeatability_published startup)
 # Longer ones, which are asked for by name: make results-soak.
-LONG = speed_published exactness_published exactness_v2 serving scaling exactness learning languages pairs soak soak_pressure
+LONG = speed_published speed_references exactness_published exactness_v2 serving scaling exactness learning languages pairs soak soak_pressure
 
 # Test files that run at a time.
 WORKERS ?= 2
@@ -45,7 +46,7 @@ TORCH ?= torch
 TOOLS := build/tools
 UNPACKED := build/sdist
 
-.PHONY: setup published demo test lint test-unit test-engine test-kernels test-sanitizer test-newest wheel wheels sdist \
+.PHONY: setup published references demo test lint test-unit test-engine test-kernels test-sanitizer test-newest wheel wheels sdist \
 	test-sdist clean distclean results report $(MEASURED:%=results-%) $(LONG:%=results-%)
 
 setup: $(READY)
@@ -63,6 +64,17 @@ $(WIDE)/widened.json: benchmarks/speed/widen.py | $(READY)
 
 published: $(READY)
 	$(BIN)/python examples/published_models.py $(PUBLISHED) $(if $(ACCEPT_GEMMA_TERMS),--accept-gemma-terms)
+
+# Hours. A part that was cut off goes on where it was; BUDGET is in minutes of a processor, of each training.
+BUDGET ?= 30
+TRAINED_ON = --target $(PUBLISHED)/smollm2 --texts $(REFERENCES)/texts.jsonl
+references: published
+	$(BIN)/python examples/references/write_texts.py --target $(PUBLISHED)/smollm2 --out $(REFERENCES)/texts.jsonl
+	$(BIN)/python examples/references/features.py $(TRAINED_ON) --out $(REFERENCES)/states
+	$(BIN)/python examples/references/train_draft.py $(TRAINED_ON) --out $(REFERENCES)/draft --minutes $(BUDGET)
+	$(BIN)/python examples/references/train_draft.py $(TRAINED_ON) --out $(REFERENCES)/same-vocabulary --vocabulary 0 --minutes $(BUDGET)
+	for kind in medusa eagle3; do $(BIN)/python examples/references/train_heads.py $$kind $(TRAINED_ON) \
+		--states $(REFERENCES)/states --out $(REFERENCES)/$$kind --minutes $(BUDGET) || exit 1; done
 
 test: $(READY)  # Models are made while tests run that need none.
 	@$(MAKE) --no-print-directory published & \
@@ -172,6 +184,15 @@ results-startup:
 
 results-speed:
 	$(BENCH).speed.suite --grid short --fresh
+
+# The references have to be trained first: examples/references/README.md.
+results-speed_references:
+	$(BENCH).speed.suite --grid short --fresh --target $(PUBLISHED_DRAFT) --draft examples/models/smollm2-draft \
+		--trained $(REFERENCES) --pair "SmolLM2-135M-Instruct and what was trained for it" --name speed_references --ratios 0 --chat \
+		--groups 8 --concurrencies 1 4 --proposals 4 \
+		--workloads spec-bench/mt-bench humaneval gsm8k spec-bench/summarization --side-workloads spec-bench/mt-bench \
+		--methods plain "ngram (vLLM)" "tli (vLLM)" "same vocabulary (vLLM)" "same vocabulary, drawn (vLLM)" "Medusa (vLLM)" \
+		"EAGLE-3 (vLLM)" slem tli "tokentiming, fixed length" tokentiming
 
 results-draft_step:
 	$(BENCH).speed.draft_step --repetitions 2

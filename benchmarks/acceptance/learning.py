@@ -42,7 +42,7 @@ def measure(options: argparse.Namespace, workload: str, prompts: list[str], temp
     """
     rows = []
     for learning in (True, False):
-        settings = {"adaptive_length": False, "online_learning": learning}
+        settings: dict[str, Any] = {"adaptive_length": False, "online_learning": learning}
         job = {
             "target": str(options.target), "engine": engine_of(options), "seed": options.seed, "tokens": options.tokens,
             "temperatures": [temperature], "seeded": False,

@@ -15,11 +15,21 @@ VLLM_METHODS: dict[str, dict[str, Any] | None] = {
     "tli": {"method": "tokentiming", "strategy": "tli"},
     "tokentiming, one by one": {"method": "tokentiming", "rejection_sample_method": "standard"},
     "tokentiming, no copies": {"method": "tokentiming", "copy_repeats": False},
+    "tokentiming, fixed length": {"method": "tokentiming", "adaptive_length": False},
     OURS: {"method": "tokentiming"},
 }
+# What needs training for one target: made by `examples/references/`, in folders of a folder that is named.
+TRAINED_METHODS: dict[str, dict[str, Any]] = {
+    "same vocabulary (vLLM)": {"method": "draft_model", "model": "same-vocabulary"},
+    "same vocabulary, drawn (vLLM)": {
+        "method": "draft_model", "model": "same-vocabulary", "draft_sample_method": "probabilistic",
+    },
+    "Medusa (vLLM)": {"method": "medusa", "model": "medusa"},
+    "EAGLE-3 (vLLM)": {"method": "eagle3", "model": "eagle3"},
+}  # fmt: skip
 # Outside vLLM, each against transformers' own plain generation; one request at a time.
 TRANSFORMERS_METHODS = (TRANSFORMERS_PLAIN, "universal assisted (transformers)")
-METHODS = (*VLLM_METHODS, *TRANSFORMERS_METHODS)
+METHODS = (*VLLM_METHODS, *TRANSFORMERS_METHODS, *TRAINED_METHODS)
 
 
 def baseline(method: str) -> str:
@@ -123,10 +133,25 @@ GRIDS = {
 }  # fmt: skip
 
 
-def with_draft(method: str, proposals: int, draft: Path, **settings: Any) -> dict[str, Any] | None:
-    """vLLM's speculative configuration of a method; further settings go to ours alone."""
-    chosen = VLLM_METHODS[method]
-    if chosen is None:
+def with_draft(
+    method: str, proposals: int, draft: Path, trained: Path | None = None, **settings: Any
+) -> dict[str, Any] | None:
+    """vLLM's speculative configuration of a method.
+
+    Args:
+        method: A key of `VLLM_METHODS` or of `TRAINED_METHODS`.
+        proposals: Most tokens to propose in a step.
+        draft: Folder of the draft.
+        trained: Folder with the folders that `TRAINED_METHODS` names.
+        settings: Further ones, which go to ours alone.
+    """
+    if method in TRAINED_METHODS:
+        if trained is None:
+            raise SystemExit(f"{method} needs --trained, a folder that examples/references/ has filled.")
+        chosen = TRAINED_METHODS[method]
+        return {**chosen, "model": str(trained / chosen["model"]), "num_speculative_tokens": proposals}
+    chosen = VLLM_METHODS[method] or {}
+    if not chosen:
         return None
     given: dict[str, Any] = {**chosen, "num_speculative_tokens": proposals}
     if chosen["method"] != "ngram":

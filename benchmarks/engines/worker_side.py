@@ -7,6 +7,7 @@ decoding is lossless on CPUs.
 from typing import Any
 
 import torch
+from vllm.model_executor.models.medusa import Medusa
 from vllm.platforms import current_platform
 
 from benchmarks.engines.phases import Taken, time_runner
@@ -15,6 +16,27 @@ from vllm_tokentiming.vllm import compat
 if current_platform.is_cpu():
     compat.repair_cpu_rejection_sampler()
 compat.repair_top_k_without_drafts()
+
+
+def repair_medusa() -> None:
+    """Let Medusa heads that propose from a part of the vocabulary load.
+
+    In vLLM 0.32.0, `Medusa.load_weights` (`vllm/model_executor/models/medusa.py`) does not name the token map among
+    what it loaded, and the loader takes that for missing. Upstream has to add the name; then this can go.
+    """
+    load = Medusa.load_weights
+    if getattr(load, "repaired", False):
+        return
+
+    def load_weights(self: Any, weights: Any) -> set[str]:
+        loaded: set[str] = load(self, weights)
+        return loaded | ({"token_map"} if self.token_map is not None else set())
+
+    load_weights.repaired = True  # type: ignore[attr-defined]
+    Medusa.load_weights = load_weights
+
+
+repair_medusa()
 
 
 class WorkerSide:

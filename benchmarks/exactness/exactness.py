@@ -82,7 +82,7 @@ class Setting:
     exact: bool = True
 
 
-NO_LEARNING = {"online_learning": False}
+NO_LEARNING: dict[str, Any] = {"online_learning": False}
 ONE_BY_ONE = {"rejection_sample_method": "standard"}
 PAPER = {"strategy": "tokentiming-paper", "allow_inexact": True}
 MIXED = (Sampling(temperature=0), Sampling(temperature=0.5), Sampling(temperature=1.3, top_k=6))

@@ -17,7 +17,8 @@ from benchmarks.report.tables import Accepted
 
 # A method has one colour in all pictures; ours has the first.
 COLOURS = {
-    method: plt.get_cmap("tab10")(place) for place, method in enumerate(sorted(METHODS, key=lambda name: name != OURS))
+    method: plt.get_cmap("tab20")(2 * place % 20 + place // 10)
+    for place, method in enumerate(sorted(METHODS, key=lambda name: name != OURS))
 }
 
 

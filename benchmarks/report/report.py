@@ -89,6 +89,8 @@ def results(data: Data) -> str:
         add("A published pair: exactness of sampled output", tables.exactness(data["exactness_published"]))
     if "speed_published" in data:
         add("A published pair: speed", other_speed(Suite(data["speed_published"])))
+    if "speed_references" in data:
+        add("Beside what needs training", other_speed(Suite(data["speed_references"])))
     if suite:
         add("In short", in_short(suite))
     parts.append(findings(FINDINGS.read_text(encoding="utf-8"), values_of(data)))

@@ -11,6 +11,7 @@ several tokens may round two nearly equal logits otherwise than a pass of one, a
 
 import argparse
 import dataclasses
+import functools
 import json
 import shutil
 import sys
@@ -43,6 +44,20 @@ def target_of(ratio: float, options: argparse.Namespace) -> tuple[Path, dict[str
     return folder, {name: value for name, value in found.items() if name != "provenance"}
 
 
+@functools.cache
+def _tokenizer(target: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(target)
+
+
+def asked(target: Path, prompt: str) -> str:
+    """A prompt as a user's message, in the target's chat template."""
+    message = [{"role": "user", "content": prompt}]
+    text: str = _tokenizer(target).apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    return text
+
+
 def measure(cell: Cell, grid: Grid, options: argparse.Namespace) -> dict[str, Any]:
     """Measure one cell.
 
@@ -60,6 +75,8 @@ def measure(cell: Cell, grid: Grid, options: argparse.Namespace) -> dict[str, An
         found = workloads.load(name, grid.groups * concurrency, grid.characters)
         # Whole groups only.
         prompts = found["prompts"][: len(found["prompts"]) // concurrency * concurrency]
+        if options.chat:
+            prompts = [asked(target, prompt) for prompt in prompts]
         if not prompts:
             raise RuntimeError(f"{name} has {len(found['prompts'])} prompts; a batch needs {concurrency}.")
         cases.append({"workload": name, "concurrency": concurrency, "prompts": prompts})
@@ -80,7 +97,7 @@ def measure(cell: Cell, grid: Grid, options: argparse.Namespace) -> dict[str, An
         job.update(draft=None if plain else str(options.draft), proposals=cell.proposals)
     else:
         module = "benchmarks.engines.measure_vllm"
-        job["speculative"] = with_draft(cell.method, cell.proposals, options.draft)
+        job["speculative"] = with_draft(cell.method, cell.proposals, options.draft, options.trained)
     result = run_python(module, job)
     given = {(case["workload"], case["concurrency"]): case["prompts"] for case in cases}
     for row in result["rows"]:
@@ -130,6 +147,8 @@ def parsed() -> tuple[Grid, argparse.Namespace]:
     add_pair(parser, "speed")
     parser.add_argument("--raw", type=Path, default=RAW, help="folder for the cells' folder")
     parser.add_argument("--fresh", action="store_true", help="forget cells of an earlier run")
+    parser.add_argument("--chat", action="store_true", help="prompts are messages, in the target's chat template")
+    parser.add_argument("--trained", type=Path, help="folder with what examples/references/ has trained for the target")
     parser.add_argument("--models", type=Path, default=RAW / "models", help="for widened targets")
     add_options(parser)
     changes = parser.add_argument_group("instead of the preset's")
