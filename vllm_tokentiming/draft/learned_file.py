@@ -15,6 +15,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +56,9 @@ class LearnedWeightsFile:
         self.path = path
         self._learned, self._warn = learned, warn
         self._kept_version, self._kept_at = learned.version, time.monotonic()
-        self._writer: threading.Thread | None = None
+        # Its thread stays: a new one would make the step wait for its beginning.
+        self._executor = ThreadPoolExecutor(1, "tokentiming-learned")
+        self._writing: Future[None] | None = None
         # Garbage may be collected, and a drafter with it, while a writer of its own has the lock.
         self._lock = threading.RLock()
         self._told = False
@@ -80,11 +83,10 @@ class LearnedWeightsFile:
     def keep_in_time(self) -> None:
         """Have what was learned written, without waiting for it, unless that was done a short time ago."""
         now = time.monotonic()
-        if now - self._kept_at < SECONDS_BETWEEN or (self._writer is not None and self._writer.is_alive()):
+        if now - self._kept_at < SECONDS_BETWEEN or (self._writing is not None and not self._writing.done()):
             return
         self._kept_at = now
-        self._writer = threading.Thread(target=self._keep, args=(self._copy(),), name="tokentiming-learned")
-        self._writer.start()
+        self._writing = self._executor.submit(self._keep, self._copy())
 
     def keep(self) -> None:
         """Write what was learned since the last time, and wait for it."""

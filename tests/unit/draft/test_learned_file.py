@@ -51,13 +51,13 @@ def clock(monkeypatch):
 
 
 def wait_for_writer(file: LearnedWeightsFile) -> None:
-    file._writer.join(timeout=60)
-    assert not file._writer.is_alive()
+    file._writing.result(timeout=60)
 
 
 def test_an_engine_that_goes_on_learns_what_one_that_never_stopped_learns(path):
     before, after = Kept(path).learn(1), Kept(path)
     before.file.keep()
+    assert path.stat().st_mode & 0o077 == 0, "it tells what requests were about"
     assert after.file.load()
     assert after.learned.version == before.learned.version == 5
     assert torch.equal(after.learned.state(), before.learned.state()) and after.learned.log_weights.any()
@@ -156,7 +156,7 @@ def test_it_is_written_once_a_minute_and_only_after_a_lesson(path, clock):
     for _ in range(10):
         kept.learn(1, lessons=1)
         kept.file.keep_in_time()
-        if kept.file._writer is not None:
+        if kept.file._writing is not None:
             wait_for_writer(kept.file)
             again = Kept(path)
             assert again.file.load()

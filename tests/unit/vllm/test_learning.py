@@ -139,7 +139,7 @@ def test_a_file_that_cannot_be_written_costs_one_warning_and_no_fault(proposer, 
     proposer._drafter = drafter
     for _ in range(5):
         proposer.learn(torch.zeros(1, SIZE), [Lesson(0, torch.eye(SIZE)[0])])
-        drafter._learned_file._writer.join()
+        drafter._learned_file._writing.result(timeout=60)
     assert len(warnings) == 1 and "cannot be kept" in warnings[0]
     assert learned.version == 5 and proposer.guard.counts == {}
 
