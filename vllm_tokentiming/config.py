@@ -75,6 +75,8 @@ class TokenTimingConfig(BaseModel):
         adaptive_length: Whether to draft only as much as pays (``draft/length.py``), or always all that is allowed.
         online_learning: Whether the draft's distribution learns from what the target verifies
             (``draft/learned_weights.py``), with the strategy ``tokentiming``.
+        learned_weights_folder: Where what is learned is kept between starts, in a file for each pair of models
+            (``draft/learned_file.py``); by default it is lost when the engine stops.
         copy_repeats: Whether what followed the same text earlier in a request may be proposed without a draft
             (``draft/repeats.py``).
         dtw_window: Sakoe-Chiba half-width of the warping, in tokens.
@@ -107,6 +109,7 @@ class TokenTimingConfig(BaseModel):
     max_draft_tokens: int | None = Field(None, ge=1)
     adaptive_length: bool = True
     online_learning: bool = True
+    learned_weights_folder: str | None = Field(None, min_length=1)
     copy_repeats: bool = True
     dtw_window: int = Field(8, ge=1)
     strategy: Literal["tokentiming", "slem", "tli", "tokentiming-paper"] = "tokentiming"
@@ -117,11 +120,16 @@ class TokenTimingConfig(BaseModel):
     special_tokens: dict[str, str | None] = {}
     unmapped_special_tokens: Literal["text", "drop"] = "text"
 
-    @field_validator("model", "tokenizer")
+    @field_validator("model", "tokenizer", "learned_weights_folder")
     @classmethod
     def _in_home(cls, name: str | None) -> str | None:
         """No shell has expanded a ``~`` that stands in JSON."""
         return name if name is None else os.path.expanduser(name)
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything is learned."""
+        return self.online_learning and self.strategy == "tokentiming"
 
     @classmethod
     def parse(cls, settings: Mapping[str, Any]) -> TokenTimingConfig:
@@ -147,6 +155,14 @@ class TokenTimingConfig(BaseModel):
             # A misspelled setting first: it may be why another one is missing.
             first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
         else:
+            if config.learned_weights_folder is not None and not config.learns:
+                off = (
+                    '"online_learning" is false' if not config.online_learning else f'"{config.strategy}" never learns'
+                )
+                raise SettingsError(
+                    f"tokentiming: learned_weights_folder is {config.learned_weights_folder!r}, but {off}; leave "
+                    'learned_weights_folder out, or learn, with the strategy "tokentiming".'
+                )
             if config.strategy == "tokentiming-paper" and not config.allow_inexact:
                 raise SettingsError(
                     'tokentiming: the strategy "tokentiming-paper" changes the distribution of sampled output; use '

@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.util import Finalize
 
 import torch
 
@@ -29,6 +30,7 @@ from vllm_tokentiming.context import Drafted
 from vllm_tokentiming.draft.batch import RequestSnapshot
 from vllm_tokentiming.draft.counts import Counts
 from vllm_tokentiming.draft.distribution import DrawState
+from vllm_tokentiming.draft.learned_file import LearnedWeightsFile
 from vllm_tokentiming.draft.learned_weights import LearnedWeights, Lesson
 from vllm_tokentiming.draft.length import DraftPlan, FixedLength
 from vllm_tokentiming.draft.phase_clock import PhaseClock
@@ -89,6 +91,7 @@ class Drafter:
         max_draft_tokens: int,
         *,
         copy_repeats: bool = False,
+        learned_file: LearnedWeightsFile | None = None,
     ) -> None:
         """Bring the vocabularies and the model together.
 
@@ -99,11 +102,16 @@ class Drafter:
             length: Decides how much to draft.
             max_draft_tokens: Most draft tokens written for a request in a step.
             copy_repeats: Whether what followed the same text before may be proposed without a draft.
+            learned_file: Where what is learned is kept between starts; ``None`` for nowhere.
         """
         self._length = length
         self._model = model
         self._max_draft_tokens = max_draft_tokens
         self._builder = builder
+        self._learned_file = learned_file
+        if learned_file is not None:
+            # When this drafter is let go, or the process ends in order. ``atexit`` does not run in forked workers.
+            Finalize(self, learned_file.keep, exitpriority=0)
         self.costs: list[tuple[str, int, float]] = []
         self.counts = Counts()
         self.clock = PhaseClock()
@@ -156,6 +164,8 @@ class Drafter:
             rows = upload([lesson.target_row for lesson in lessons], target_logits.device)
             draft_probs = torch.stack([lesson.draft_probs for lesson in lessons])
             self.learned.learn(draft_probs, target_logits[rows].softmax(-1))
+            if self._learned_file is not None:
+                self._learned_file.keep_in_time()
 
     @torch.inference_mode()
     def propose(self, batch: Sequence[RequestSnapshot]) -> Proposals:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,23 @@ def local_folder(name: str) -> Path | None:
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
         raise ValueError("there is no such folder")
     return None
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder if there is none, and write into it.
+
+    Args:
+        folder: A folder.
+
+    Raises:
+        ValueError: One of the two fails.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"1")
+    except OSError as error:
+        raise ValueError(error.strerror or type(error).__name__) from None
 
 
 def check_config(folder: Path) -> None:

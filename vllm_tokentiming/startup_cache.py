@@ -71,8 +71,7 @@ class StartupCache:
         """
         file = self._file(digest)
         try:
-            with np.load(file, allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
+            return read_arrays(file)
         except FileNotFoundError:
             return None
         except Exception as error:  # Whatever a damaged archive makes its reader raise.
@@ -86,17 +85,10 @@ class StartupCache:
             digest: Its name.
             arrays: Its content.
         """
-        passing = None
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.folder, prefix="writing-", delete=False) as file:
-                passing = file.name
-                np.savez(file, allow_pickle=False, **arrays)
-            os.replace(passing, self._file(digest))
+            write_arrays(self._file(digest), arrays)
         except OSError as error:
             self._warn(f"nothing can be kept in {self.folder} ({error}); the next start takes as long as this one.")
-            if passing is not None:
-                Path(passing).unlink(missing_ok=True)
 
     def _made(self, digest: str, what: str, make: Callable[[Arrays], Made]) -> Made | None:
         """Make something from an entry; ``None`` where there is no entry, or none that it can be made from."""
@@ -177,6 +169,33 @@ class StartupCache:
         transducer = Transducer(pair, one_to_one=one_to_one)
         self.keep(digest, transducer.to_arrays())
         return transducer
+
+
+def read_arrays(file: Path) -> Arrays:
+    """Read a file of arrays. One that was damaged makes numpy raise any kind of error."""
+    with np.load(file, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+def write_arrays(file: Path, arrays: Arrays) -> None:
+    """Write a file of arrays under a passing name, then rename it: there never is half a file.
+
+    Args:
+        file: Its folder is made if there is none.
+        arrays: Its content.
+
+    Raises:
+        OSError: It cannot be written. What was there before stays.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    passing = tempfile.NamedTemporaryFile(dir=file.parent, prefix="writing-", delete=False)  # noqa: SIM115
+    try:
+        with passing:
+            np.savez(passing, allow_pickle=False, **arrays)
+        os.replace(passing.name, file)
+    except BaseException:
+        Path(passing.name).unlink(missing_ok=True)
+        raise
 
 
 def tokenizer_digest(name: str, revision: str | None, loaded_by: str) -> str | None:

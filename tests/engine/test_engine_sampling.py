@@ -291,3 +291,67 @@ def test_log_probabilities_of_sampled_tokens_cover_every_token(written):
         for output in prompt["outputs"]:
             assert len(output["logprobs"]) == len(output["ids"])
             assert all(str(i) in position for i, position in zip(output["ids"], output["logprobs"], strict=True))
+
+
+# What is learned, between starts.
+
+
+def learn_in_two_engines(folder: str) -> dict:
+    """In a fresh process: one engine after the other, the second with what the first one has learned."""
+    import torch
+
+    def start() -> tuple:
+        llm = engine.start_exact(speculative_config=engine.speculation(learned_weights_folder=folder))
+        return llm, engine.drafter(llm), torch.initial_seed()  # vLLM has just seeded the target's generator.
+
+    first, drafter, seed = start()
+    result: dict = {"seeds": [seed], "versions": [drafter.learned.version], "seeded": [], "greedy": []}
+
+    def write(llm) -> None:
+        result["greedy"].append(engine.generate(llm, PROMPTS, engine.greedy(MAX_TOKENS)))
+        seeded = [_parameters({"temperature": 0.8, "seed": number}) for number, _ in enumerate(PROMPTS)]
+        result["seeded"].append(engine.generate(llm, PROMPTS, seeded))
+
+    def teach(llm) -> list[list[int]]:
+        return engine.generate(llm, PROMPTS * 3, _parameters({"temperature": 0.8}))
+
+    write(first)
+    teach(first)
+    write(first)
+    drafter._learned_file.keep()
+    result["versions"].append(drafter.learned.version)
+    second, again, seed = start()
+    result["seeds"].append(seed)
+    result["versions"].append(again.learned.version)
+    result["same"] = torch.equal(again.learned.state(), drafter.learned.state())
+    result["learned"] = bool(drafter.learned.log_weights.any())
+    write(second)
+    result["lengths"] = [len(ids) for ids in teach(second)]
+    result["versions"].append(again.learned.version)
+    result["faults"] = [engine.counters(llm)["faults"] for llm in (first, second)]
+    return result
+
+
+@pytest.fixture(scope="module")
+def learned_twice(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("learned") / "made"
+    return engine.in_fresh_process(learn_in_two_engines, folder=str(folder)) | {"files": len(list(folder.iterdir()))}
+
+
+def test_an_engine_goes_on_with_what_the_one_before_has_learned(learned_twice):
+    at_start, in_the_end, at_second_start, in_the_very_end = learned_twice["versions"]
+    assert 0 == at_start < in_the_end == at_second_start < in_the_very_end
+    assert learned_twice["same"] and learned_twice["learned"]
+    assert learned_twice["files"] == 1 and learned_twice["faults"] == [0, 0]
+    assert learned_twice["lengths"] == [MAX_TOKENS] * len(PROMPTS) * 3
+
+
+def test_an_engine_that_goes_on_draws_other_random_numbers_of_the_target(learned_twice):
+    first, second = learned_twice["seeds"]
+    assert first == 0 != second
+
+
+def test_seeded_and_greedy_outputs_are_the_same_before_and_after_learning_and_in_the_next_engine(learned_twice):
+    for kind in ("seeded", "greedy"):
+        before, after, in_the_next = learned_twice[kind]
+        assert before == after == in_the_next

@@ -55,6 +55,7 @@ EVERYTHING = {
     "enable_prefix_caching": False,
     "enforce_eager": True,
     "max_draft_tokens": 12,
+    "learned_weights_folder": "/folder/learned",
     "dtw_window": 3,
     "strategy": "tokentiming",
     "special_tokens": {"<|im_end|>": "</s>", "<|im_start|>": None},
@@ -113,6 +114,8 @@ def test_without_a_draft_model_the_refusal_says_how_to_name_one():
         ("max_draft_tokens", 0),
         ("max_draft_tokens", True),
         ("online_learning", 1),
+        ("learned_weights_folder", ""),
+        ("learned_weights_folder", 1),
         ("dtw_window", 0),
         ("dtw_window", None),
         ("strategy", "magic"),
@@ -198,9 +201,9 @@ def test_whatever_is_given_it_is_read_or_refused_in_one_line(model, others):
         assert "\n" not in message and message.startswith("tokentiming")
         assert '"model"' in message or any(str(key) in message or repr(key) in message for key in given_settings)
     else:
-        given_settings["model"] = os.path.expanduser(given_settings["model"])
-        if given_settings.get("tokenizer"):
-            given_settings["tokenizer"] = os.path.expanduser(given_settings["tokenizer"])
+        for key in ("model", "tokenizer", "learned_weights_folder"):
+            if given_settings.get(key):
+                given_settings[key] = os.path.expanduser(given_settings[key])
         assert all(getattr(config, str(key)) == value for key, value in given_settings.items())
 
 
@@ -210,6 +213,26 @@ def test_a_strategy_that_changes_the_output_has_to_be_allowed():
     assert_one_sentence(message)
     assert '"allow_inexact"' in message
     assert TokenTimingConfig.parse({**paper, "allow_inexact": True}).strategy == "tokentiming-paper"
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"online_learning": False}, '"online_learning" is false'),
+        ({"strategy": "slem"}, '"slem" never learns'),
+        ({"strategy": "tli"}, '"tli" never learns'),
+        ({"strategy": "tokentiming-paper", "allow_inexact": True}, '"tokentiming-paper" never learns'),
+    ],
+)
+def test_a_folder_for_what_is_learned_is_refused_where_nothing_is_learned(settings, part):
+    message = refusal({"model": "some/draft", "learned_weights_folder": "/f", **settings})
+    assert_one_sentence(message)
+    assert "learned_weights_folder is '/f'" in message and part in message
+
+
+def test_the_folder_for_what_is_learned_may_be_in_the_home():
+    config = TokenTimingConfig.parse({"model": "some/draft", "learned_weights_folder": "~/learned"})
+    assert config.learned_weights_folder == os.path.expanduser("~/learned")
 
 
 # Beside vLLM's own settings.

@@ -4,8 +4,13 @@ The stub knows a text. After any number of its tokens it favours the next one, a
 on: spans fit into a pass, the shortest first, and no row reads a position that it has no room for.
 """
 
+import gc
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +21,7 @@ from truncation import truncate
 from vllm_tokentiming.align.transducer import Transducer
 from vllm_tokentiming.draft.batch import RequestSnapshot
 from vllm_tokentiming.draft.kv_pool import KVPool
+from vllm_tokentiming.draft.learned_file import LearnedWeightsFile
 from vllm_tokentiming.draft.learned_weights import Lesson
 from vllm_tokentiming.draft.length import FixedLength
 from vllm_tokentiming.draft.protocol import DraftModel, Span
@@ -61,8 +67,9 @@ class Engine:
     """Drafts for requests whose target writes `text`, with a draft that knows `knows`."""
 
     def __init__(
-        self, strategy: str = "tokentiming", *, text: str = TEXT, knows: str = TEXT, copies: bool = False, **sizes: int
-    ) -> None:
+        self, strategy: str = "tokentiming", *, text: str = TEXT, knows: str = TEXT, copies: bool = False,
+        learned_path: Path | None = None, **sizes: int,
+    ) -> None:  # fmt: skip
         self.pair = load_pair(*EMBEDDED)
         self.target_ids = np.array(self.pair.target.encoder.encode(text.encode()), dtype=np.int32)
         prefix = self.pair.draft_prefix
@@ -74,7 +81,13 @@ class Engine:
             max_q_bytes=1 << 30, length=FixedLength(), truncate=truncate, learns=True,
         )  # fmt: skip
         model: DraftModel = self.model
-        self.drafter = Drafter(self.pair, model, builder, FixedLength(), 2 * PROPOSALS, copy_repeats=copies)
+        file = None
+        if learned_path is not None:
+            file = LearnedWeightsFile(learned_path, builder.learned, pytest.fail)
+            file.load()
+        self.drafter = Drafter(
+            self.pair, model, builder, FixedLength(), 2 * PROPOSALS, copy_repeats=copies, learned_file=file
+        )
 
     def snapshot(self, request_id: str, num_target: int, **given: object) -> RequestSnapshot:
         return RequestSnapshot(request_id, self.target_ids, num_target, PROPOSALS, **given)
@@ -157,6 +170,99 @@ def test_lessons_are_learned_from_the_rows_of_the_logits_that_they_name():
     assert engine.drafter.learned.log_weights.any()
     assert torch.equal(engine.drafter.learned.log_weights, expected.drafter.learned.log_weights)
     assert engine.drafter.numbers()["lessons"] == 2
+
+
+# Between starts.
+
+
+def serve(path, steps: int) -> tuple[Engine, list[tuple[int, tuple]]]:
+    """Start an engine and teach it in some steps of the same request; its random numbers, with their versions."""
+    engine, used = Engine(learned_path=path), []
+    size = engine.pair.target.token_bytes.size
+    for step in range(steps):
+        version = engine.drafter.learned.version
+        proposals = engine.drafter.propose([engine.snapshot("a", 5, sampling=SAMPLED, cache_salt="")])
+        used.append((version, tuple(proposals.uniforms["a"])))
+        logits = torch.randn(PROPOSALS, size, generator=torch.Generator().manual_seed(step))
+        lessons = [Lesson(row, draft_probs) for row, draft_probs in proposals.lessons["a"].items()]
+        engine.drafter.learn(logits, lessons)
+        engine.drafter.release(["a"])
+    return engine, used
+
+
+def test_no_random_number_that_taught_an_engine_is_drawn_by_those_that_go_on_from_it(tmp_path):
+    """Same seed, same request, same position in three engines: only the version tells their numbers apart."""
+    found = []
+    for _ in range(3):
+        engine, used = serve(tmp_path / "pair.npz", 4)
+        engine.drafter._learned_file.keep()
+        found += used
+    assert [version for version, _ in found] == list(range(12))
+    assert len({numbers for _, numbers in found}) == 12
+    # Without a file they repeat, and nothing is known of them.
+    engine, used = serve(None, 4)
+    assert used == found[:4]
+
+
+def test_an_engine_that_died_left_nothing_that_its_numbers_taught(tmp_path):
+    """What was learned since the last writing is lost with it, and with it the versions that are used again."""
+    engine, _ = serve(tmp_path / "pair.npz", 3)
+    engine.drafter._learned_file.keep()
+    kept = engine.drafter.learned.state()
+    died, used = serve(tmp_path / "pair.npz", 2)
+    died.drafter._learned_file._kept_version = died.drafter.learned.version  # It never gets to write.
+    again, used_again = serve(tmp_path / "pair.npz", 0)
+    assert torch.equal(again.drafter.learned.state(), kept)
+    assert not torch.equal(died.drafter.learned.state(), kept)
+    assert again.drafter.learned.version == used[0][0] == 3 and used_again == []
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_a_file_changes_no_request_that_reproduces_itself(tmp_path, reproducible):
+    before, _ = serve(tmp_path / "pair.npz", 4)
+    before.drafter._learned_file.keep()
+    found = []
+    for path in (None, tmp_path / "pair.npz"):
+        engine = Engine(learned_path=path)
+        assert (engine.drafter.learned.version > 0) == (path is not None)
+        sampling = DraftSampling(3, 50.0)
+        proposals = engine.drafter.propose([engine.snapshot("a", 5, sampling=sampling, reproducible=reproducible)])
+        found.append((proposals.target_ids, proposals.uniforms["a"], proposals.q.tolist()))
+    assert (found[0] == found[1]) == reproducible
+
+
+def test_what_was_learned_is_written_when_the_drafter_is_let_go(tmp_path):
+    engine, _ = serve(tmp_path / "pair.npz", 2)
+    assert not (tmp_path / "pair.npz").exists()
+    del engine
+    gc.collect()
+    assert Engine(learned_path=tmp_path / "pair.npz").drafter.learned.version == 2
+
+
+FORKS = """
+import multiprocessing, pathlib, sys
+import test_drafter
+
+held = []
+
+def serve(path):
+    held.append(test_drafter.serve(path, 2))
+    sys.exit()  # As a worker of vLLM's does that is told to end.
+
+child = multiprocessing.get_context("fork").Process(target=serve, args=(pathlib.Path(sys.argv[1]),))
+child.start()
+child.join()
+sys.exit(child.exitcode)
+"""
+
+
+def test_what_was_learned_is_written_when_a_forked_process_ends(tmp_path):
+    # From a process that has computed nothing yet: torch's threads are not forked.
+    subprocess.run(
+        [sys.executable, "-c", FORKS, str(tmp_path / "pair.npz")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=True, timeout=120,
+    )  # fmt: skip
+    assert Engine(learned_path=tmp_path / "pair.npz").drafter.learned.version == 2
 
 
 def test_accepted_draft_tokens_are_not_read_again():

@@ -35,6 +35,9 @@ _NEVER_LIKELY = 1e-9  # Counts as 0. The squares of smaller numbers are subnorma
 # Of all log-weights, up and down. The gradient of an unlikely draft token is small, so one with a much smaller weight
 # would hardly come back when the text wants it again.
 LARGEST = 3.0
+# More than any sum of squares becomes: gradients are at most 1. A larger one would stop the learning for long.
+_MOST_SQUARES = 2 / (1 - MEMORY)
+_MOST_VERSIONS = 1 << 62
 _MOST_LESSONS = {"cpu": 2}  # In a step. On a CPU, a lesson takes a part of the time of the draft's pass.
 _MOST_LESSONS_ELSEWHERE = 16
 
@@ -56,8 +59,8 @@ class LearnedWeights:
 
     Attributes:
         log_weights: ``[draft size] float32``; all 0 in the beginning.
-        version: How often they have changed.
-        num_lessons: Verified positions that they were learned from.
+        version: How often they have changed, in earlier engines, too, where they come from there.
+        num_lessons: Verified positions that this engine has learned from.
         most_lessons: Most verified positions to learn from in a step.
     """
 
@@ -79,6 +82,34 @@ class LearnedWeights:
         self.version = 0
         self.num_lessons = 0
         self.most_lessons = _MOST_LESSONS.get(device.type, _MOST_LESSONS_ELSEWHERE)
+
+    @torch.inference_mode()
+    def state(self) -> torch.Tensor:
+        """Return a copy of the log-weights and of the sums of squares, ``[2, draft size] float32``, without waiting."""
+        return torch.stack((self.log_weights, self._squares))
+
+    @torch.inference_mode()
+    def restore(self, version: int, state: torch.Tensor) -> None:
+        """Go on from what another engine has learned.
+
+        Args:
+            version: Its version. Random numbers of smaller ones may have taught it, so they are not used again.
+            state: See ``state``.
+
+        Raises:
+            ValueError: Nothing of this size has ever learned that; the message is the second half of a sentence.
+        """
+        if state.dtype != torch.float32 or state.shape != (2, len(self.log_weights)):
+            raise ValueError("it is of another size")
+        log_weights, squares = state
+        # What is no number fails each comparison.
+        if not ((log_weights.abs() <= LARGEST) & (squares >= FIRST_SQUARES / 2) & (squares <= _MOST_SQUARES)).all():
+            raise ValueError("its numbers are outside of what is learned")
+        if not 0 < version < _MOST_VERSIONS:
+            raise ValueError(f"its version is {version}")
+        self.version = version
+        self.log_weights.copy_(log_weights)
+        self._squares.copy_(squares)
 
     @torch.inference_mode()
     def learn(self, draft_probs: torch.Tensor, target_probs: torch.Tensor) -> None:

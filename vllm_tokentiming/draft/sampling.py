@@ -39,6 +39,20 @@ def seed_of(request_id: str, seed: int | None, draft_seed: int = 0) -> int:
     return int.from_bytes(hashlib.blake2b(f"tokentiming draft {text}".encode(), digest_size=8).digest(), "little")
 
 
+def target_seed(seed: int, version: int) -> int:
+    """Return the seed of the target's random numbers, for an engine that begins with learned weights.
+
+    Args:
+        seed: What it would be without them.
+        version: That of the weights.
+
+    Returns:
+        A number that numpy takes, below 2**32.
+    """
+    text = f"tokentiming target {seed} {version}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
+
+
 def uniforms(seed: int, position: int, number: int, purpose: bytes = b"") -> list[float]:
     """Return uniform numbers in [0, 1) for a step that begins at a position.
 

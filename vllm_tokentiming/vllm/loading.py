@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
-from vllm_tokentiming.config import ATTRIBUTE, TokenTimingConfig, settings_in
+from vllm_tokentiming.config import ATTRIBUTE, SettingsError, TokenTimingConfig, settings_in
 from vllm_tokentiming.draft.length import FixedLength
+from vllm_tokentiming.folders import check_writable
 from vllm_tokentiming.vllm import patches
 from vllm_tokentiming.vllm.vocabulary_loader import load_pair, startup_cache
 
@@ -32,8 +34,27 @@ def settings_of(vllm_config: VllmConfig) -> Mapping[str, Any]:
     return settings_in(vllm_config.additional_config) if settings is None else settings
 
 
+def learned_weights_folder(settings: TokenTimingConfig) -> Path | None:
+    """Return the folder that keeps what is learned; ``None`` if nothing does.
+
+    Raises:
+        SettingsError: It cannot be made, or not be written.
+    """
+    if settings.learned_weights_folder is None:
+        return None
+    folder = Path(settings.learned_weights_folder)
+    try:
+        check_writable(folder)
+    except ValueError as error:
+        raise SettingsError(
+            f"tokentiming cannot write into the learned_weights_folder {str(folder)!r}; name a folder that it can make "
+            f"or write, or leave learned_weights_folder out. The reason: {error}."
+        ) from None
+    return folder
+
+
 def load_drafter(
-    vllm_config: VllmConfig, settings: TokenTimingConfig, length: FixedLength, *, takes_q: bool
+    vllm_config: VllmConfig, settings: TokenTimingConfig, length: FixedLength, *, takes_q: bool, is_first_rank: bool
 ) -> tuple[Drafter, Callable[[], None]]:
     """Load the draft model and read both vocabularies.
 
@@ -42,6 +63,7 @@ def load_drafter(
         settings: Our settings.
         length: Decides how much is drafted.
         takes_q: Whether this vLLM verifies with the probabilities of proposals.
+        is_first_rank: Whether this rank learns for all. Only that one reads and writes what is kept of it.
 
     Returns:
         The drafter, and a function that makes its largest step (``rehearsal.py``).
@@ -51,6 +73,7 @@ def load_drafter(
     """
     from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
+    from vllm_tokentiming.draft.learned_file import LearnedWeightsFile, file_name
     from vllm_tokentiming.drafter import Drafter
     from vllm_tokentiming.rehearsal import rehearse
     from vllm_tokentiming.transfer.proposals import ProposalBuilder
@@ -84,9 +107,10 @@ def load_drafter(
             "TokenTiming: this vLLM takes no proposal probabilities from a plugin, so sampled requests are "
             "verified as one-hot: exact as well, but fewer of their proposals will be accepted."
         )
+    transducer = startup_cache().transducer(pair, one_to_one=settings.strategy == "tli")
     builder = ProposalBuilder(
         pair,
-        startup_cache().transducer(pair, one_to_one=settings.strategy == "tli"),
+        transducer,
         settings.strategy,
         draft_size=model.vocab_size,
         target_size=vllm_config.model_config.get_vocab_size(),
@@ -97,11 +121,31 @@ def load_drafter(
         length=length,
         truncate=apply_top_k_top_p,
         verify_blocks=vllm_config.speculative_config.rejection_sample_method == "block",
-        learns=settings.online_learning and settings.strategy == "tokentiming",
+        learns=settings.learns,
     )
+    learned_file = None
+    folder = learned_weights_folder(settings) if is_first_rank else None
+    if folder is not None and builder.learned is not None:
+        target = vllm_config.model_config
+        models = (target.model, target.revision, settings.model, settings.revision)
+        learned_file = LearnedWeightsFile(
+            folder / file_name(pair, transducer, model.vocab_size, models),
+            builder.learned,
+            lambda what: logger.warning("TokenTiming: %s", what),
+        )
+        if learned_file.load():
+            logger.info("TokenTiming: goes on with what was learned before, in %s.", learned_file.path)
     max_num_seqs = vllm_config.scheduler_config.max_num_seqs
     return (
-        Drafter(pair, model, builder, length, max_draft_tokens, copy_repeats=settings.copy_repeats),
+        Drafter(
+            pair,
+            model,
+            builder,
+            length,
+            max_draft_tokens,
+            copy_repeats=settings.copy_repeats,
+            learned_file=learned_file,
+        ),
         functools.partial(rehearse, model, builder, max_num_seqs, num_proposals),
     )
 

@@ -16,6 +16,7 @@ from vllm.logger import init_logger
 
 from vllm_tokentiming.config import TokenTimingConfig, check_verification
 from vllm_tokentiming.draft.length import AdaptiveLength, FixedLength
+from vllm_tokentiming.draft.sampling import target_seed
 from vllm_tokentiming.drafter import Proposals
 from vllm_tokentiming.vllm.faults import FaultGuard
 from vllm_tokentiming.vllm.loading import load_drafter, settings_of
@@ -89,7 +90,13 @@ class TokenTimingProposer:
             runner, str(target.dtype).removeprefix("torch."), "eager" if target.enforce_eager else "compiled",
             self.num_speculative_tokens,
         )  # fmt: skip
-        self._drafter, self._rehearse = load_drafter(self._vllm_config, self._settings, self._length, takes_q=takes_q)
+        self._drafter, self._rehearse = load_drafter(
+            self._vllm_config, self._settings, self._length, takes_q=takes_q, is_first_rank=is_first_rank()
+        )
+        if self._settings.learned_weights_folder is not None and (version := agree(self._version())):
+            # vLLM seeds its generators at the end of each start. With the old seed they would repeat numbers that
+            # decided what was learned (``docs/theory.md``).
+            target.seed = target_seed(target.seed, version)
         try:
             self._recorder = recorder(self._vllm_config)
         except Exception:
@@ -166,7 +173,7 @@ class TokenTimingProposer:
         return 0 if learned is None else learned.version
 
     def _share(self, version: int) -> None:
-        """Give all ranks the learned weights of the first one.
+        """Give all ranks the learned weights of the first one, which may have read them from a file.
 
         Args:
             version: Of the first rank's weights.

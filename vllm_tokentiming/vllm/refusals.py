@@ -18,6 +18,7 @@ from vllm_tokentiming.config import SettingsError, TokenTimingConfig, reason
 from vllm_tokentiming.draft.kv_size import longest_sequence
 from vllm_tokentiming.folders import check_config, local_folder
 from vllm_tokentiming.vllm.draft_config import NO_TEXT, draft_model_config, writes_no_text
+from vllm_tokentiming.vllm.loading import learned_weights_folder
 from vllm_tokentiming.vllm.memory import most_bytes
 from vllm_tokentiming.vllm.vocabulary_loader import load_pair
 from vllm_tokentiming.vllm.weights import PATTERNS, check_weights, weight_bytes
@@ -97,6 +98,8 @@ def refuse_draft(
             raise SettingsError(
                 f"tokentiming cannot load the weights of the draft model {settings.model!r}: {error}."
             ) from None
+    if here:
+        learned_weights_folder(settings)
     _refuse_weights(settings, draft, files, parallel)
     longest = longest_sequence(
         draft.max_model_len, target.max_model_len, settings.max_draft_tokens or 2 * num_speculative_tokens

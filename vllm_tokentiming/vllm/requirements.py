@@ -127,7 +127,7 @@ REQUIRED: tuple[Need, ...] = (
     Need("vllm.config", "ModelConfig", takes=_MODEL, has=(
         "dtype", "enforce_eager", "get_head_size", "get_num_kv_heads", "get_num_layers", "get_vocab_size",
         "has_inner_state", "has_noops", "hf_text_config", "is_encoder_decoder", "is_multimodal_model", "max_model_len",
-        "model", "quantization", "runner_type", "seed", "served_model_name", "tokenizer", "tokenizer_mode",
+        "model", "quantization", "revision", "runner_type", "seed", "served_model_name", "tokenizer", "tokenizer_mode",
         "tokenizer_revision", "trust_remote_code", "use_mla", "uses_mrope", "verify_with_parallel_config",
     )),
     Need("vllm.config", "ParallelConfig", has=(

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from vllm_tokentiming.draft.learned_weights import Lesson
 from vllm_tokentiming.verify.step import left_to_verify
 
 pytestmark = pytest.mark.engine  # Needs vLLM, though no engine is started.
+
+ALWAYS, NEVER = 0.0, 1 - 2.0**-53
+SIZE, PROPOSALS = 8, 3
 
 
 @pytest.fixture
@@ -66,8 +71,91 @@ def test_a_fault_in_learning_forgets_no_draft_and_stops_no_drafting(proposer, mo
     assert proposer.guard.counts == {"learn": 20} and len(proposer.guard.places) == 1
 
 
-ALWAYS, NEVER = 0.0, 1 - 2.0**-53
-SIZE, PROPOSALS = 8, 3
+# Kept between starts.
+
+
+class LoadedDrafter:
+    """Stands for a drafter that begins with weights from a file, or without."""
+
+    def __init__(self, version: int) -> None:
+        self.learned = SimpleNamespace(version=version, log_weights="the weights")
+
+    def propose(self, _batch):
+        raise RuntimeError("it was made to fail")
+
+
+def _load(proposer, monkeypatch, *, version: int, first: bool = True, folder: str | None = "a folder") -> int:
+    """Load a proposer whose first rank has read some version; the seed that vLLM then gives its generators."""
+    from vllm_tokentiming.vllm import proposer as module
+
+    target = SimpleNamespace(dtype=torch.float32, enforce_eager=True, seed=0)
+    proposer._vllm_config = SimpleNamespace(model_config=target)
+    proposer._settings = SimpleNamespace(learned_weights_folder=folder)
+    proposer.num_speculative_tokens, proposer._length = PROPOSALS, None
+    monkeypatch.setattr(module, "is_first_rank", lambda: first)
+    monkeypatch.setattr(module, "agree", lambda found: version)
+    monkeypatch.setattr(module, "recorder", lambda _: None)
+    drafter = LoadedDrafter(version if first else 0)
+
+    def load_drafter(*_, is_first_rank, **__):
+        assert is_first_rank == first
+        return drafter, None
+
+    monkeypatch.setattr(module, "load_drafter", load_drafter)
+    proposer.load(runner="a test", takes_q=True)
+    return target.seed
+
+
+def test_weights_from_a_file_never_meet_the_numbers_of_the_target_that_decided_about_them(proposer, monkeypatch):
+    """Each version gives vLLM another seed, the same one on all ranks; without weights it stays as it is."""
+    seeds = [_load(proposer, monkeypatch, version=version) for version in range(50)]
+    assert seeds[0] == 0 and len(set(seeds)) == 50 and max(seeds) < 2**32
+    assert _load(proposer, monkeypatch, version=7, first=False) == seeds[7]
+    assert _load(proposer, monkeypatch, version=7, folder=None) == 0
+
+
+def test_all_ranks_get_what_the_first_one_has_read_before_they_draft(proposer, monkeypatch):
+    from vllm_tokentiming.vllm import proposer as module
+
+    _load(proposer, monkeypatch, version=7, first=False)
+    monkeypatch.setattr(module, "agree", lambda found: (*found[:2], 7))
+    proposer.propose_batch(_fail, 2, 2)
+    assert proposer.given == ["the weights"] and proposer._drafter.learned.version == 7
+
+
+def test_a_file_that_cannot_be_written_costs_one_warning_and_no_fault(proposer, monkeypatch, tmp_path):
+    from vllm_tokentiming.draft import learned_file
+    from vllm_tokentiming.draft.learned_weights import LearnedWeights
+    from vllm_tokentiming.drafter import Drafter
+    from vllm_tokentiming.vllm import proposer as module
+
+    monkeypatch.setattr(module, "is_first_rank", lambda: True)
+    monkeypatch.setattr(learned_file, "SECONDS_BETWEEN", 0)
+    (tmp_path / "folder").write_text("no folder")
+    learned, warnings = LearnedWeights(SimpleNamespace(first=np.arange(SIZE)), SIZE, torch.device("cpu")), []
+    drafter = object.__new__(Drafter)
+    drafter._builder = SimpleNamespace(learned=learned)
+    drafter._learned_file = learned_file.LearnedWeightsFile(tmp_path / "folder" / "pair.npz", learned, warnings.append)
+    proposer._drafter = drafter
+    for _ in range(5):
+        proposer.learn(torch.zeros(1, SIZE), [Lesson(0, torch.eye(SIZE)[0])])
+        drafter._learned_file._writing.result(timeout=60)
+    assert len(warnings) == 1 and "cannot be kept" in warnings[0]
+    assert learned.version == 5 and proposer.guard.counts == {}
+
+
+def test_a_writer_that_cannot_be_started_stops_no_drafting(proposer, monkeypatch):
+    from vllm_tokentiming.drafter import Drafter
+    from vllm_tokentiming.vllm import proposer as module
+
+    monkeypatch.setattr(module, "is_first_rank", lambda: True)
+    drafter = object.__new__(Drafter)
+    drafter._builder = SimpleNamespace(learned=SimpleNamespace(learn=lambda *_: None))
+    drafter._learned_file = SimpleNamespace(keep_in_time=_fail)
+    proposer._drafter = drafter
+    proposer.learn(torch.zeros(1, SIZE), [Lesson(0, torch.eye(SIZE)[0])])
+    assert proposer.guard.counts == {"learn": 1}
+    assert not proposer.forgotten and not proposer.guard.steps_off
 
 
 class Teacher:

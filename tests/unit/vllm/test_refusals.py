@@ -51,6 +51,16 @@ def test_a_setting_that_does_not_fit_the_draft_is_refused_by_its_name(front_end,
     assert 'set "model"' not in message
 
 
+def test_a_folder_for_what_is_learned_that_cannot_be_written_is_refused(front_end, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("no folder")
+    for folder in (file, file / "below"):
+        settings = engine.speculation(learned_weights_folder=str(folder))
+        refused(front_end, settings, f"learned_weights_folder {str(folder)!r}", "name a folder that it can make")
+    front_end(engine.speculation(learned_weights_folder=str(tmp_path / "new" / "folder")))
+    assert (tmp_path / "new" / "folder").is_dir()
+
+
 def test_two_settings_that_do_not_fit_are_refused_one_after_the_other(front_end):
     settings = engine.speculation(dtype="float13", max_model_len=10**6)
     refused(front_end, settings, "dtype is 'float13'")

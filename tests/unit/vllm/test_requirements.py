@@ -92,6 +92,7 @@ IN_MODULE = {
     ("runner_v2", "self._states.total_len"): "vllm.v1.worker.gpu.buffer_utils.StagedWriteTensor",
     ("runner_v2", "speculative"): "vllm.config.SpeculativeConfig",
     ("runner_v2", "taken"): "vllm.v1.outputs.DraftTokenIds",
+    ("loading", "target"): "vllm.config.ModelConfig",
     ("proposer", "target"): "vllm.config.ModelConfig",
     ("refusals", "draft"): "vllm.config.ModelConfig",
     ("refusals", "parallel"): "vllm.config.ParallelConfig",
@@ -122,6 +123,7 @@ OTHERS_IN_MODULE = {
     ("request_settings", "_parameters_of_verify"),
     ("draft_model", "size"), ("plugin", "_OPTIONS"), ("proposer", "model"), ("refusals", "file"),
     ("compat", "found"), ("draft_config", "NO_TEXT"), ("vocabulary_loader", "store"), ("loading", "model"),
+    ("loading", "builder"), ("loading", "folder"), ("loading", "learned_file"),
     ("proposer", "snapshot"), ("proposer", "learned"),
     *(("runner_v1", name) for name in (
         "_verifying", "before", "call", "found", "left", "mine", "ours", "proposals", "read",
