@@ -68,11 +68,12 @@ published: $(READY)
 # Hours. A part that was cut off goes on where it was; BUDGET is in minutes of a processor, of each training.
 BUDGET ?= 30
 TRAINED_ON = --target $(PUBLISHED)/smollm2 --texts $(REFERENCES)/texts.jsonl
+GIVEN = $(if $(TOKENTIMING_DATA),--given $(wildcard $(TOKENTIMING_DATA)/corpus/english_*.xz $(TOKENTIMING_DATA)/corpus/python.txt.xz))
 references: published
 	$(BIN)/python examples/references/write_texts.py --target $(PUBLISHED)/smollm2 --out $(REFERENCES)/texts.jsonl
 	$(BIN)/python examples/references/features.py $(TRAINED_ON) --out $(REFERENCES)/states
-	$(BIN)/python examples/references/train_draft.py $(TRAINED_ON) --out $(REFERENCES)/draft --minutes $(BUDGET)
-	$(BIN)/python examples/references/train_draft.py $(TRAINED_ON) --out $(REFERENCES)/same-vocabulary --vocabulary 0 --minutes $(BUDGET)
+	$(BIN)/python examples/references/train_draft.py $(TRAINED_ON) $(GIVEN) --out $(REFERENCES)/draft --minutes $(BUDGET)
+	$(BIN)/python examples/references/train_draft.py $(TRAINED_ON) $(GIVEN) --out $(REFERENCES)/same-vocabulary --vocabulary 0 --minutes $(BUDGET)
 	for kind in medusa eagle3; do $(BIN)/python examples/references/train_heads.py $$kind $(TRAINED_ON) \
 		--states $(REFERENCES)/states --out $(REFERENCES)/$$kind --minutes $(BUDGET) || exit 1; done
 

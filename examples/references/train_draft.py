@@ -8,6 +8,9 @@ over its tokens is also a law over the draft's next token: each target token giv
 that its spelling begins with, and inside a target token those count that agree with what the draft has written of it.
 That is the push-forward of proposals (`vllm_tokentiming/transfer/`) turned round, so that what is trained is what is
 accepted. The likeliest tokens carry the law; what they leave goes to the token that the target has written.
+
+A target writes a few hundred tokens a second here, which is too little to learn a language from. So the draft begins
+with other text (`--given`), less and less of it, and none that is not the target's at the end of its budget.
 """
 
 import argparse
@@ -23,9 +26,11 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 from write_texts import LAW
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from train_pair import Plan, build_model, train_target_tokenizer
+from train_pair import Plan, batches, build_model, encode, read_documents, train_target_tokenizer
 
 WIDEST = 512  # Tokens of a text that are read.
+# Of other text: how many documents, how much of each, and the part of the budget after which none is read.
+GIVEN_DOCUMENTS, GIVEN_CHARACTERS, GIVEN_UNTIL = 3000, 4000, 0.8
 
 
 def own_tokenizer(target: Any, texts: list[str], size: int) -> PreTrainedTokenizerFast:
@@ -132,6 +137,7 @@ def main() -> None:
     )
     parser.add_argument("--target", type=Path, required=True, help="folder of the target")
     parser.add_argument("--texts", type=Path, required=True, help="what the target wrote, from write_texts.py")
+    parser.add_argument("--given", type=Path, nargs="*", default=[], help=".txt or .txt.xz files to begin with")
     parser.add_argument("--out", type=Path, required=True, help="folder for the draft")
     parser.add_argument("--minutes", type=float, default=30, help="of processor time")
     parser.add_argument("--vocabulary", type=int, default=4096, help="entries; 0 for the target's own vocabulary")
@@ -158,6 +164,14 @@ def main() -> None:
     tokens = sum(len(e.draft_ids) for e in train)
     print(f"{model.num_parameters():,} parameters, {len(train):,} texts, {tokens:,} draft tokens", flush=True)
 
+    given = None
+    if options.given:
+        documents = [document[:GIVEN_CHARACTERS] for document in read_documents(options.given)]
+        rng.shuffle(documents)
+        ids = [i for text in documents[:GIVEN_DOCUMENTS] for i in [draft.eos_token_id, *encode(draft, text)]]
+        given = batches(torch.tensor(ids), None, options.batch, WIDEST // 2)
+        print(f"{len(ids):,} draft tokens of other text", flush=True)
+
     def log_probs(examples: list[Example]) -> tuple[torch.Tensor, ...]:
         """Of the labels `[m, LAW + 1]`, the labels' probabilities, and the draft's likeliest ids `[m]`."""
         ids, label_ids, probs, used = batch_of(examples)
@@ -165,7 +179,11 @@ def main() -> None:
         logits = model.lm_head(hidden)
         return logits.log_softmax(-1).gather(-1, label_ids[used]), probs[used], label_ids[used], logits.argmax(-1)
 
-    def loss() -> torch.Tensor:
+    def loss(part: float) -> torch.Tensor:
+        if given is not None and rng.random() < 1 - part / GIVEN_UNTIL:
+            ids = next(given)
+            text_loss: torch.Tensor = model(input_ids=ids, labels=ids).loss
+            return text_loss
         found, probs, _, _ = log_probs(rng.sample(train, options.batch))
         return -(probs * found).sum(-1).mean()
 

@@ -116,7 +116,7 @@ def main() -> None:
             (logits, law_ids[:, 2 + j : 2 + j + n], law_probs[:, 2 + j : 2 + j + n]) for j, logits in enumerate(found)
         ]
 
-    def loss() -> torch.Tensor:
+    def loss(_: float) -> torch.Tensor:
         examples = rng.sample(train, options.batch)
         start = [rng.randint(0, max(0, len(e.target_ids) - WINDOW - number - 1)) for e in examples]
         total = torch.zeros(())

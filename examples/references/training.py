@@ -31,7 +31,7 @@ def divided(texts: list[Text]) -> tuple[list[Text], list[Text]]:
 
 def fit(
     model: torch.nn.Module,
-    loss: Callable[[], torch.Tensor],
+    loss: Callable[[float], torch.Tensor],
     evaluate: Callable[[], dict[str, float]],
     folder: Path,
     *,
@@ -45,7 +45,7 @@ def fit(
 
     Args:
         model: What is trained, in place.
-        loss: Of a new batch, each time that it is called.
+        loss: Of a new batch, each time that it is called, with the part of the budget that is spent.
         evaluate: Figures on held-out text.
         folder: Where state and `curve.json` are kept.
         seconds: The budget in processor time.
@@ -84,7 +84,7 @@ def fit(
         part = spent / seconds
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(part / WARM_UP + 0.01, 0.02 + 0.98 * (1 + math.cos(math.pi * part)) / 2)
-        value = loss()
+        value = loss(part)
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
