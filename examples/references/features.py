@@ -7,20 +7,21 @@ normed state. A file in `--out` holds 128 texts; files that are there are not ma
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import torch
+from training import WIDEST, read_texts
 from transformers import AutoConfig, AutoModelForCausalLM
 
 TEXTS_IN_FILE = 128
-WIDEST = 512  # Tokens of a text.
 
 
 def layers_read(target: Path) -> tuple[int, int, int]:
     """The layers whose inputs an EAGLE-3 head reads (vLLM: `get_eagle3_default_aux_hidden_state_layers`)."""
     count = AutoConfig.from_pretrained(target).num_hidden_layers
+    if not 2 < count // 2 < count - 3:
+        raise SystemExit(f"{target} has {count} layers; an EAGLE-3 head reads three of at least 8.")
     return 2, count // 2, count - 3
 
 
@@ -35,7 +36,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     model = AutoModelForCausalLM.from_pretrained(options.target, dtype=torch.float32).model.eval()
     read = (*layers_read(options.target), -1)
-    rows = [json.loads(line) for line in options.texts.open()]
+    rows = read_texts(options.texts)
     started, tokens = time.process_time(), 0
     for first in range(0, len(rows), TEXTS_IN_FILE):
         file = options.out / f"{first:06}.pt"
@@ -47,6 +48,8 @@ def main() -> None:
             with torch.no_grad():
                 hidden = model(target_ids, output_hidden_states=True, use_cache=False).hidden_states
             states.append(torch.stack([hidden[layer][0] for layer in read], 1).to(torch.float16))
+            if not states[-1].isfinite().all():
+                raise SystemExit(f"states of {options.target} are too large for float16")
             tokens += target_ids.shape[1]
         torch.save(states, file.with_suffix(".part"))
         file.with_suffix(".part").rename(file)

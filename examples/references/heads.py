@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import (
     repeat_kv,
 )
 
-UNROLLED = {"eagle3": 3, "medusa": 4}  # Steps that are trained.
+UNROLLED = 4  # Steps that are trained; vLLM takes no more of Medusa's.
 
 
 class Attention(nn.Module):
@@ -115,36 +115,38 @@ class Eagle3(nn.Module):
             self.norm.weight.copy_(weights["model.norm.weight"])
             self.lm_head.weight.copy_(output_layer(weights)[kept_ids])
 
-    def forward(self, states: torch.Tensor, embedded: torch.Tensor, number: int) -> list[torch.Tensor]:
+    def forward(self, states: torch.Tensor, embedded: torch.Tensor, used: list[torch.Tensor]) -> list[torch.Tensor]:
         """Logits of each step of every chain.
 
         Args:
-            states: `[batch, n, 4, hidden]`, from `features.py`.
-            embedded: `[batch, n + number - 1, hidden]`; row `t` is the embedding of token `t + 1`.
-            number: Of steps.
+            states: `[batch, n, 4, hidden]`, from `features.py`, from the first token of the text on.
+            embedded: `[batch, n + steps - 1, hidden]`; row `t` is the embedding of token `t + 1`.
+            used: For each step, which of its logits are wanted, `[batch, n]` bool.
 
         Returns:
-            For step `j`, `[batch, n, kept]`; row `t` is the law of token `t + 2 + j`.
+            For step `j`, `[wanted, kept]`; that of row `t` is the law of token `t + 2 + j`.
         """
         batch, n = states.shape[:2]
         hidden = self.fc(states[:, :, :3].reshape(batch, n, -1))
         steps: list[Any] = []
         found = []
-        for j in range(number):
+        for j, wanted in enumerate(used):
             positions = torch.arange(j, n + j)[None]
             rotary = self._rotary[0](hidden, positions)
             hidden = self.midlayer(embedded[:, j : n + j], hidden, rotary, steps)
-            found.append(self.lm_head(self.norm(hidden)))
+            found.append(self.lm_head(self.norm(hidden[wanted])))
         return found
 
     def save(self, folder: Path, config: LlamaConfig, kept_ids: torch.Tensor, read: tuple[int, ...]) -> None:
         """Write the folder that vLLM's `eagle3` loads; the embedding is the target's, so it is left out."""
+        given = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
         content = {
-            **config.to_dict(), "architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1,
+            **given, "architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1,
             "draft_vocab_size": len(kept_ids), "eagle_aux_hidden_state_layer_ids": list(read),
             "tie_word_embeddings": False, "dtype": "float32",
         }  # fmt: skip
-        write(folder, content, {**self.state_dict(), "d2t": kept_ids - torch.arange(len(kept_ids))})
+        shift = {"d2t": kept_ids - torch.arange(len(kept_ids))} if len(kept_ids) < config.vocab_size else {}
+        write(folder, content, {**self.state_dict(), **shift})
 
 
 class ResidualBlock(nn.Module):
@@ -167,14 +169,15 @@ class Medusa(nn.Module):
     def __init__(self, config: LlamaConfig, weights: dict[str, torch.Tensor], kept_ids: torch.Tensor) -> None:
         """Begin from the weights of the target, whose ids `[kept]` the head can propose."""
         super().__init__()
-        self.blocks = nn.ModuleList([ResidualBlock(config.hidden_size) for _ in range(UNROLLED["medusa"])])
+        self.blocks = nn.ModuleList([ResidualBlock(config.hidden_size) for _ in range(UNROLLED)])
         self.lm_head = nn.Linear(config.hidden_size, len(kept_ids), bias=False)
         with torch.no_grad():
             self.lm_head.weight.copy_(output_layer(weights)[kept_ids])
 
-    def forward(self, states: torch.Tensor, embedded: torch.Tensor, number: int) -> list[torch.Tensor]:
+    def forward(self, states: torch.Tensor, embedded: torch.Tensor, used: list[torch.Tensor]) -> list[torch.Tensor]:
         """Logits of each head; arguments and result as `Eagle3.forward` has them."""
-        return [self.lm_head(block(states[:, :, 3])) for block in self.blocks[:number]]
+        pairs = zip(self.blocks, used, strict=True)
+        return [self.lm_head(block(states[:, :, 3][wanted])) for block, wanted in pairs]
 
     def save(self, folder: Path, config: LlamaConfig, kept_ids: torch.Tensor, read: tuple[int, ...]) -> None:
         """Write the folder that vLLM's `medusa` loads, once it takes a `token_map` (`benchmarks`)."""

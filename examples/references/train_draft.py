@@ -7,7 +7,7 @@ The draft learns the target's laws, not only its texts. Where the two cut a text
 over its tokens is also a law over the draft's next token: each target token gives its probability to the draft token
 that its spelling begins with, and inside a target token those count that agree with what the draft has written of it.
 That is the push-forward of proposals (`vllm_tokentiming/transfer/`) turned round, so that what is trained is what is
-accepted. The likeliest tokens carry the law; what they leave goes to the token that the target has written.
+accepted. A draft token that reaches into the next target token has the text's own law, which is all on that token.
 
 A target writes a few hundred tokens a second here, which is too little to learn a language from. So the draft begins
 with other text (`--given`), less and less of it, and none that is not the target's at the end of its budget.
@@ -16,19 +16,20 @@ with other text (`--given`), less and less of it, and none that is not the targe
 import argparse
 import random
 import sys
+from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from training import divided, fit, read_texts
+from training import MOST_IN_LAW, WIDEST, divided, fit, law_of, read_texts
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
-from write_texts import LAW
+
+from vllm_tokentiming.vocab.pair import Vocabulary
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from train_pair import Plan, batches, build_model, encode, read_documents, train_target_tokenizer
 
-WIDEST = 512  # Tokens of a text that are read.
 # Of other text: how many documents, how much of each, and the part of the budget after which none is read.
 GIVEN_DOCUMENTS, GIVEN_CHARACTERS, GIVEN_UNTIL = 3000, 4000, 0.8
 
@@ -46,24 +47,31 @@ def own_tokenizer(target: Any, texts: list[str], size: int) -> PreTrainedTokeniz
 
 
 class Spelling:
-    """How target tokens are spelt in draft tokens."""
+    """Two tokenizers, and how the tokens of one are spelt in those of the other."""
 
-    def __init__(self, target: Any, draft: Any, same: bool) -> None:
-        """Keep the two tokenizers; `same` says that they are one."""
-        self.same = same
-        self._target, self._draft = target, draft
+    def __init__(self, target: Any, draft: Any) -> None:
+        """Read both."""
+        self.target, self.draft = target, draft
+        self.target_pieces, self.draft_pieces = (_pieces(tokenizer) for tokenizer in (target, draft))
         self._known: dict[int, list[int]] = {}
 
     def of(self, target_id: int) -> list[int]:
-        """The draft ids of one target token, spelt alone."""
-        if self.same:
-            return [target_id]
+        """The draft ids of one target token, spelt alone; none for a part of a character."""
         if target_id not in self._known:
-            text = self._target.decode([target_id], skip_special_tokens=False)
-            # Part of a character has no text of its own.
-            spelt = [] if "\ufffd" in text else self._draft(text, add_special_tokens=False).input_ids
-            self._known[target_id] = spelt
+            piece = self.target_pieces[target_id].decode(errors="replace")
+            self._known[target_id] = [] if "\ufffd" in piece else self.encode(piece)
         return self._known[target_id]
+
+    def encode(self, text: str) -> list[int]:
+        """A text in draft ids, special tokens included."""
+        draft_ids: list[int] = self.draft(text, add_special_tokens=False).input_ids
+        return draft_ids
+
+
+def _pieces(tokenizer: Any) -> list[bytes]:
+    """The bytes of every id; of a special token, those of its text."""
+    found = Vocabulary.of(tokenizer.backend_tokenizer).token_bytes
+    return [found.special[i].encode() if i in found.special else piece or b"" for i, piece in enumerate(found.pieces)]
 
 
 @dataclass
@@ -72,8 +80,8 @@ class Example:
 
     Attributes:
         draft_ids: `[n]` int64.
-        label_ids: `[n, LAW + 1]` int64; row `i` is the law of token `i`; the last is the token itself.
-        label_probs: `[n, LAW + 1]` float32; rows of the prompt are 0.
+        label_ids: `[n, MOST_IN_LAW]` int64; row `i` is the law of token `i`.
+        label_probs: `[n, MOST_IN_LAW]` float32; rows of the prompt are 0.
     """
 
     draft_ids: torch.Tensor
@@ -81,45 +89,52 @@ class Example:
     label_probs: torch.Tensor
 
 
-def labels(spelling: Spelling, law: list[list[Any]], prefix: list[int], actual: int) -> tuple[list[int], list[float]]:
-    """The law of a draft token, as far as the target's law gives it.
+def labels(spelt: list[tuple[list[int], float]], prefix: list[int], actual: int) -> dict[int, float]:
+    """The law of a draft token inside a target token.
 
     Args:
-        spelling: Of target tokens.
-        law: The target's likeliest ids and their probabilities.
-        prefix: Draft ids already written of the target's token.
-        actual: The draft id that comes.
+        spelt: Draft ids and probability of each of the target's likeliest tokens.
+        prefix: Draft ids that are already written of the target's token.
+        actual: The draft id that the text has.
     """
     found: dict[int, float] = {}
-    reached = 0.0
-    for target_id, probability in zip(*law, strict=True):
-        spelt = spelling.of(target_id)
-        if len(spelt) > len(prefix) and spelt[: len(prefix)] == prefix:
-            found[spelt[len(prefix)]] = found.get(spelt[len(prefix)], 0.0) + probability
-            reached += probability
-    rest = max(0.0, 1 - sum(law[1]))
-    total = reached + rest
-    if not total:
-        return [actual], [1.0]
-    return [*found, actual], [*(p / total for p in found.values()), rest / total]
+    for draft_ids, probability in spelt:
+        if len(draft_ids) > len(prefix) and draft_ids[: len(prefix)] == prefix:
+            found[draft_ids[len(prefix)]] = found.get(draft_ids[len(prefix)], 0.0) + probability
+    total = sum(found.values())
+    return {draft_id: p / total for draft_id, p in found.items()} if total else {actual: 1.0}
 
 
-def example(row: dict[str, Any], spelling: Spelling, target: Any, draft: Any) -> Example:
-    """A text with the laws of its output, in draft tokens."""
-    prompt = row["prompt"] if spelling.same else draft(target.decode(row["prompt"]), add_special_tokens=False).input_ids
-    draft_ids = list(prompt)
-    laws: list[tuple[list[int], list[float]]] = [([], [])] * len(prompt)
-    for target_id, law in zip(row["output"], row["laws"], strict=True):
-        spelt = spelling.of(target_id)
-        for place, draft_id in enumerate(spelt):
-            laws.append(labels(spelling, law, spelt[:place], draft_id))
-            draft_ids.append(draft_id)
-    ids = torch.tensor(draft_ids[-WIDEST:])
-    label_ids, label_probs = torch.zeros(len(ids), LAW + 1, dtype=torch.long), torch.zeros(len(ids), LAW + 1)
-    for i, (found, probs) in enumerate(laws[-WIDEST:]):
-        label_ids[i, : len(found)] = torch.tensor(found, dtype=torch.long)
-        label_probs[i, : len(found)] = torch.tensor(probs)
-    return Example(ids, label_ids, label_probs)
+def example(row: dict[str, Any], spelling: Spelling) -> Example | None:
+    """A text with the laws of its output, in the draft tokens that a context has; `None` if they spell another text."""
+    target_ids, prompt = row["prompt"] + row["output"], len(row["prompt"])
+    target_at, draft_at = [0], [0]
+    for target_id in target_ids:
+        target_at.append(target_at[-1] + len(spelling.target_pieces[target_id]))
+    draft_ids = spelling.encode(spelling.target.decode(target_ids))
+    for draft_id in draft_ids:
+        draft_at.append(draft_at[-1] + len(spelling.draft_pieces[draft_id]))
+    if target_at[-1] != draft_at[-1]:
+        return None  # It ends inside a character.
+    place_of = {byte: place for place, byte in enumerate(draft_at)}
+    size = min(len(draft_ids), WIDEST)
+    label_ids, label_probs = torch.zeros(size, MOST_IN_LAW, dtype=torch.long), torch.zeros(size, MOST_IN_LAW)
+    for i in range(size):
+        inside = bisect_right(target_at, draft_at[i]) - 1
+        if inside < prompt:
+            continue
+        begin, end = (place_of.get(byte) for byte in target_at[inside : inside + 2])
+        law = {draft_ids[i]: 1.0}
+        if begin is not None and draft_at[i + 1] <= target_at[inside + 1]:
+            spelt = [(spelling.of(target_id), p) for target_id, p in law_of(row, inside - prompt).items()]
+            if end is not None:  # What the text has is spelt as the text spells it.
+                own = law_of(row, inside - prompt)[target_ids[inside]]
+                spelt = [(ids, p) for ids, p in spelt if ids != spelling.of(target_ids[inside])]
+                spelt.append((draft_ids[begin:end], own))
+            law = labels(spelt, draft_ids[begin:i], draft_ids[i])
+        label_ids[i, : len(law)] = torch.tensor(list(law))
+        label_probs[i, : len(law)] = torch.tensor(list(law.values()))
+    return Example(torch.tensor(draft_ids[:size]), label_ids, label_probs)
 
 
 def batch_of(examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -159,8 +174,8 @@ def main() -> None:
         draft = target
     plan = Plan(len(draft), options.layers, options.width, 0, options.learning_rate)
     model: LlamaForCausalLM = build_model(draft, plan)
-    spelling = Spelling(target, draft, not options.vocabulary)
-    train, held = ([example(row, spelling, target, draft) for row in rows] for rows in (train_rows, held_rows))
+    spelling = Spelling(target, draft)
+    train, held = ([e for row in rows if (e := example(row, spelling))] for rows in (train_rows, held_rows))
     tokens = sum(len(e.draft_ids) for e in train)
     print(f"{model.num_parameters():,} parameters, {len(train):,} texts, {tokens:,} draft tokens", flush=True)
 
@@ -173,7 +188,7 @@ def main() -> None:
         print(f"{len(ids):,} draft tokens of other text", flush=True)
 
     def log_probs(examples: list[Example]) -> tuple[torch.Tensor, ...]:
-        """Of the labels `[m, LAW + 1]`, the labels' probabilities, and the draft's likeliest ids `[m]`."""
+        """Of the labels `[m, MOST_IN_LAW]`, the labels' probabilities, and the draft's likeliest ids `[m]`."""
         ids, label_ids, probs, used = batch_of(examples)
         hidden = model.model(input_ids=ids).last_hidden_state[used]
         logits = model.lm_head(hidden)
@@ -192,7 +207,6 @@ def main() -> None:
         entropy = overlap = agree = count = 0.0
         for start in range(0, len(held), options.batch):
             found, probs, label_ids, best = log_probs(held[start : start + options.batch])
-            # An id may stand twice, as the token itself and in the law.
             law = torch.zeros(len(best), len(draft)).scatter_add_(1, label_ids, probs)
             drafted = torch.zeros_like(law).scatter_(1, label_ids, found.exp())
             entropy -= float((probs * found).sum())

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from write_texts import LAW
 
+WIDEST = 512  # Tokens of a text that are read.
+MOST_IN_LAW = LAW + 1
 HELD_OUT = 16  # One text in so many is not trained on.
 WARM_UP = 0.02  # Part of the budget.
 
@@ -22,6 +25,17 @@ Text = TypeVar("Text")
 def read_texts(path: Path) -> list[dict[str, Any]]:
     """The texts that `write_texts.py` wrote."""
     return [json.loads(line) for line in path.open()]
+
+
+def law_of(row: dict[str, Any], place: int) -> dict[int, float]:
+    """The target's law at a token of an output: its likeliest ids, and their probabilities.
+
+    A token that was drawn, but is none of the likeliest, counts in full. So what the likeliest leave is there on
+    average, where outputs are drawn at temperature 1.
+    """
+    law: dict[int, float] = dict(zip(*row["laws"][place], strict=True))
+    law.setdefault(row["output"][place], 1.0)
+    return law
 
 
 def divided(texts: list[Text]) -> tuple[list[Text], list[Text]]:
