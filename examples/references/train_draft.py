@@ -155,6 +155,7 @@ def main() -> None:
     parser.add_argument("--given", type=Path, nargs="*", default=[], help=".txt or .txt.xz files to begin with")
     parser.add_argument("--out", type=Path, required=True, help="folder for the draft")
     parser.add_argument("--minutes", type=float, default=30, help="of processor time")
+    parser.add_argument("--begin", type=Path, help="folder of a draft to go on from, instead of a new one")
     parser.add_argument("--vocabulary", type=int, default=4096, help="entries; 0 for the target's own vocabulary")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--width", type=int, default=256)
@@ -167,13 +168,13 @@ def main() -> None:
     rng = random.Random(options.seed)
     target = AutoTokenizer.from_pretrained(options.target)
     train_rows, held_rows = divided(read_texts(options.texts))
-    if options.vocabulary:
-        texts = [target.decode(row["output"], skip_special_tokens=True) for row in train_rows]
-        draft = own_tokenizer(target, texts, options.vocabulary)
+    if options.begin:
+        draft = AutoTokenizer.from_pretrained(options.begin)
+        model = LlamaForCausalLM.from_pretrained(options.begin, dtype=torch.float32)
     else:
-        draft = target
-    plan = Plan(len(draft), options.layers, options.width, 0, options.learning_rate)
-    model: LlamaForCausalLM = build_model(draft, plan)
+        texts = [target.decode(row["output"], skip_special_tokens=True) for row in train_rows]
+        draft = own_tokenizer(target, texts, options.vocabulary) if options.vocabulary else target
+        model = build_model(draft, Plan(len(draft), options.layers, options.width, 0, options.learning_rate))
     spelling = Spelling(target, draft)
     train, held = ([e for row in rows if (e := example(row, spelling))] for rows in (train_rows, held_rows))
     tokens = sum(len(e.draft_ids) for e in train)
