@@ -123,7 +123,7 @@ def readme_part(data: Data) -> str:
             f"{settings['num_prompts'] * len(settings['workloads'])} held-out prompts, "
             f"{settings['tokens']} tokens each, always {settings['proposals']} proposals, all methods in one run, "
             f"95 % intervals; {'; '.join([*found.get('departures', ()), made['hardware']])}.\n\n"
-            f"{tables.Accepted(found).table()}"
+            f"{tables.Accepted(found).table()}\n{tables.Accepted(found).behind()}\n"
         )
     if README_ACCEPTANCE in data:
         lines.append(f"![Tokens per target pass by method and temperature](benchmarks/plots/{README_PICTURE})\n")

@@ -60,6 +60,19 @@ class Accepted:
         ]
         return table(head, rows)
 
+    def behind(self) -> str:
+        """A sentence: where another method has more tokens per pass than ours, as far as the intervals can tell."""
+        others = [name for name in self.methods if name not in (OURS, PLAIN)]
+        if OURS not in self.methods:
+            return ""
+        found = [(name, t, self.times(OURS, name, t)) for t in self.temperatures for name in others]
+        losses = [
+            f"than `{name}` at T = {t:g} ({estimate} times as many)" for name, t, estimate in found if estimate.high < 1
+        ]
+        if not losses:
+            return f"No method has more than `{OURS}`, as far as the intervals can tell."
+        return f"`{OURS}` has fewer {', '.join(losses)}."
+
     def by_workload(self, temperature: float) -> str:
         """Tokens per pass by kind of text and method."""
         methods = [method for method in self.methods if method != PLAIN]
@@ -81,9 +94,11 @@ def acceptance(found: Data) -> str:
     others = [name for name in accepted.methods if name not in (OURS, PLAIN)]
     if OURS in accepted.methods and others:
         rows = [(name, *(accepted.times(OURS, name, t) for t in accepted.temperatures)) for name in others]
-        text += f"\nHow many times as many `{OURS}` has, the same prompts side by side:\n\n" + table(
-            ("than", *(f"T = {t:g}" for t in accepted.temperatures)), rows
+        text += f"\n{accepted.behind()}\n\nHow many times as many `{OURS}` has, the same prompts side by side. "
+        text += (
+            "Above T = 0, each method writes another text after the same prompt, which few prompts do not even out:\n\n"
         )
+        text += table(("than", *(f"T = {t:g}" for t in accepted.temperatures)), rows)
     if len(accepted.workloads) > 1:
         text += "\nBy kind of text:\n\n" + "\n".join(accepted.by_workload(t) for t in accepted.temperatures)
     return text + origin(found)
