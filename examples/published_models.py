@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import functools
 import json
 import shutil
 import subprocess
@@ -88,9 +89,12 @@ def convert(gguf: Path, folder: Path) -> None:
         gguf: The file.
         folder: To write to.
     """
+    import gguf as gguf_files
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    # transformers reads the file three times, and a quarter of a million tokens take long to read.
+    gguf_files.GGUFReader = functools.cache(gguf_files.GGUFReader)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     # The weights are ordinary ones now; with these two marks transformers would refuse to save them.
