@@ -6,6 +6,7 @@ import math
 
 import engine
 import pytest
+from conftest import longer
 
 pytestmark = pytest.mark.engine
 
@@ -338,6 +339,7 @@ def learned_twice(tmp_path_factory):
     return engine.in_fresh_process(learn_in_two_engines, folder=str(folder)) | {"files": len(list(folder.iterdir()))}
 
 
+@longer
 def test_an_engine_goes_on_with_what_the_one_before_has_learned(learned_twice):
     at_start, in_the_end, at_second_start, in_the_very_end = learned_twice["versions"]
     assert 0 == at_start < in_the_end == at_second_start < in_the_very_end
@@ -346,11 +348,13 @@ def test_an_engine_goes_on_with_what_the_one_before_has_learned(learned_twice):
     assert learned_twice["lengths"] == [MAX_TOKENS] * len(PROMPTS) * 3
 
 
+@longer
 def test_an_engine_that_goes_on_draws_other_random_numbers_of_the_target(learned_twice):
     first, second = learned_twice["seeds"]
     assert first == 0 != second
 
 
+@longer
 def test_seeded_and_greedy_outputs_are_the_same_before_and_after_learning_and_in_the_next_engine(learned_twice):
     for kind in ("seeded", "greedy"):
         before, after, in_the_next = learned_twice[kind]
