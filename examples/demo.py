@@ -26,8 +26,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import openai
-from serving import Counters, Output, Prompt, complete, count, first_difference, free_port, gap_between, read_metrics
-from serving import vllm_server as server
+from serving import (
+    Counters,
+    Output,
+    Prompt,
+    complete,
+    count,
+    first_difference,
+    free_port,
+    gap_between,
+    read_metrics,
+    vllm_server,
+)
 
 EXAMPLES = Path(__file__).resolve().parent
 MODELS = EXAMPLES / "models"
@@ -133,7 +143,7 @@ def run_server(prompts: list[Prompt], target: str, port: int, options: list[str]
         options: Command-line options of the server.
         other: What another server wrote, to be told how far apart the first tokens that differ are.
     """
-    with server(target, port, options) as (url, start_seconds):
+    with vllm_server(target, port, options) as (url, start_seconds):
         print(f"  healthy after {start_seconds:.0f} s", flush=True)
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
         complete(client, Prompt("warm-up", "The first request pays for what is set up lazily."))

@@ -117,13 +117,13 @@ def readme_part(data: Data) -> str:
     lines = []
     if accepted := [name for name in (README_ACCEPTANCE, "acceptance") if name in data]:
         found = data[accepted[0]]
-        settings, made = found["settings"], found["provenance"]
+        settings, made, shown = found["settings"], found["provenance"], tables.Accepted(found)
         lines.append(
             f"Tokens per target pass, {found['pair']}: "
             f"{settings['num_prompts'] * len(settings['workloads'])} held-out prompts, "
             f"{settings['tokens']} tokens each, always {settings['proposals']} proposals, all methods in one run, "
             f"95 % intervals; {'; '.join([*found.get('departures', ()), made['hardware']])}.\n\n"
-            f"{tables.Accepted(found).table()}\n{tables.Accepted(found).behind()}\n"
+            f"{shown.table()}\n{shown.behind()}\n"
         )
     if README_ACCEPTANCE in data:
         lines.append(f"![Tokens per target pass by method and temperature](benchmarks/plots/{README_PICTURE})\n")

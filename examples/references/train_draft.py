@@ -126,11 +126,10 @@ def example(row: dict[str, Any], spelling: Spelling) -> Example | None:
         begin, end = (place_of.get(byte) for byte in target_at[inside : inside + 2])
         law = {draft_ids[i]: 1.0}
         if begin is not None and draft_at[i + 1] <= target_at[inside + 1]:
-            spelt = [(spelling.of(target_id), p) for target_id, p in law_of(row, inside - prompt).items()]
-            if end is not None:  # What the text has is spelt as the text spells it.
-                own = law_of(row, inside - prompt)[target_ids[inside]]
-                spelt = [(ids, p) for ids, p in spelt if ids != spelling.of(target_ids[inside])]
-                spelt.append((draft_ids[begin:end], own))
+            likely = law_of(row, inside - prompt)
+            # What the text has is spelt as the text spells it, where both cut it there.
+            own = [] if end is None else [(draft_ids[begin:end], likely.pop(target_ids[inside]))]
+            spelt = own + [(spelling.of(target_id), p) for target_id, p in likely.items()]
             law = labels(spelt, draft_ids[begin:i], draft_ids[i])
         label_ids[i, : len(law)] = torch.tensor(list(law))
         label_probs[i, : len(law)] = torch.tensor(list(law.values()))

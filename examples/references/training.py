@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from write_texts import LAW
 
+LAW = 16  # Tokens of a law that are kept, at most.
 WIDEST = 512  # Tokens of a text that are read.
 MOST_IN_LAW = LAW + 1
 HELD_OUT = 16  # One text in so many is not trained on.
@@ -52,7 +52,7 @@ def fit(
     seconds: float,
     learning_rate: float,
     evaluations: int = 8,
-) -> dict[str, Any]:
+) -> None:
     """Train with AdamW; the learning rate follows a cosine over the budget.
 
     What has been trained is kept in `folder/training.pt` at each evaluation, and a run that finds it goes on there.
@@ -61,13 +61,10 @@ def fit(
         model: What is trained, in place.
         loss: Of a new batch, each time that it is called, with the part of the budget that is spent.
         evaluate: Figures on held-out text.
-        folder: Where state and `curve.json` are kept.
+        folder: Where state and `curve.json` are kept; the curve has `seconds` and each figure, point by point.
         seconds: The budget in processor time.
         learning_rate: At its peak.
         evaluations: How many points the curve has after the first.
-
-    Returns:
-        The curve: `seconds`, and each figure, point by point.
     """
     folder.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.05)
@@ -106,4 +103,3 @@ def fit(
         spent += time.process_time() - started
         if spent >= seconds * len(curve) / evaluations:
             note()
-    return {"curve": curve}

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from questions import questions
+from training import LAW, read_texts
 
 TEMPERATURES = (0.0, 0.0, 0.0, 0.0, 0.7, 1.0)  # Of answers, one by chance.
 USER_TOKENS = 64  # At most, of a user's turn that the target writes.
-LAW, LEAST = 16, 0.004  # Tokens of a law that are kept: how many at most, and how likely at least.
+LEAST = 0.004  # Tokens of a law that are less likely are not kept.
 MARK = "\x00"  # Stands for a message in a chat template, to find what surrounds it.
 
 
@@ -66,13 +67,14 @@ def main() -> None:
     from vllm import LLM, SamplingParams, TokensPrompt
 
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    known = [json.loads(line) for line in options.out.open()] if options.out.exists() else []
+    known = read_texts(options.out) if options.out.exists() else []
     llm = LLM(
         model=str(options.target),
         dtype=options.dtype,
         max_num_seqs=options.batch,
         max_model_len=1024,
         enforce_eager=True,
+        seed=options.seed + len(known),  # Or a run that adds to a file would write the same turns again.
     )
     tokenizer = llm.get_tokenizer()
     before, after = surroundings(tokenizer)
